@@ -1,0 +1,1 @@
+"""Attention arithmetic: one call, several implementations. Imports torch and triton only."""

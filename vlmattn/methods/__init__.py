@@ -1,0 +1,1 @@
+"""The methods: tensors in, decisions out. No model code, no hooks, no cache surgery, no transformers."""

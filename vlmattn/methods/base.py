@@ -1,0 +1,191 @@
+"""What a method may implement and what it may see.
+
+A method is a frozen dataclass whose fields are the paper's hyper-parameters. `register` puts it under its name into the
+registry, and with that into the spec language, the CLI, the README table and the contract tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from vlmattn import budget
+from vlmattn.edits import Keep
+from vlmattn.errors import LayerError, SpecError
+from vlmattn.spans import Span
+
+REGISTRY: dict[str, type[Method]] = {}
+
+M = TypeVar("M", bound="type[Method]")
+
+
+def param(default: Any, help: str) -> Any:
+    """A dataclass field with its default and one line of help for the CLI and the docs."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def register(name: str, *, title: str, paper: str = "") -> Callable[[M], M]:
+    """Class decorator: put a method class into the registry.
+
+    Args:
+        name: the name in specs, such as `fastv`.
+        title: the paper's or the baseline's title.
+        paper: arXiv id, or empty.
+
+    Raises:
+        SpecError: another class has this name already.
+    """
+
+    def add(cls: M) -> M:
+        known = REGISTRY.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise SpecError(f"method name {name!r} belongs to {known.__module__}.{known.__qualname__}: choose another")
+        cls.name, cls.title, cls.paper = name, title, paper
+        REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+@dataclass(frozen=True)
+class Method(ABC):  # noqa: B024 - what a method implements depends on its kind
+    """Base of all methods."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    kind: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the engine must compute for this method; see `View`."""
+        return frozenset()
+
+    @property
+    def is_noop(self) -> bool:
+        """True if these parameters leave the model exactly as it is, so that nothing need be installed."""
+        return False
+
+    def __str__(self) -> str:
+        shown = [
+            f"{field.name}={_literal(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+            or type(getattr(self, field.name)) is not type(field.default)
+        ]
+        return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+def _literal(value: Any) -> str:
+    return value if isinstance(value, str) and value.isidentifier() else repr(value)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pruner sees of a batch just before decoder layer `layer`: visual tokens only, in order, padded at the end.
+
+    Attributes:
+        layer: the decoder layer whose input is pruned; 0 is the entry of the text model.
+        image: `(B, V)` long, index of the image within the sample, -1 at padding.
+        counts: `(B, G)` long, visual tokens of each image.
+        spans: per sample the spans as they stood in the prompt.
+        index: `(B, V)` long, index of the token within its image as it stood in the prompt.
+        hidden: `(B, V, C)` the visual rows of the layer input, in the model's dtype; None if `layer_input` is not needed.
+        scores: `(B, V)` fp32, attention received (mean over heads, probabilities over all keys) in layer `layer - 1` from
+            the rows that `needs` names: `last_row_scores`, `text_row_scores` or `all_row_scores`; None if not asked for.
+        keys: per sample and image an int that depends only on the sample's text and the image's pixels, for reproducible
+            draws whatever the batch; None if `content_key` is not needed.
+    """
+
+    layer: int
+    image: Tensor
+    counts: Tensor
+    spans: tuple[tuple[Span, ...], ...]
+    index: Tensor
+    hidden: Tensor | None = None
+    scores: Tensor | None = None
+    keys: tuple[tuple[int, ...], ...] | None = None
+
+
+SCOPES = ("image", "sample")
+
+
+@dataclass(frozen=True)
+class Pruner(Method):
+    """Keeps a part of the visual tokens before one decoder layer.
+
+    A subclass implements `score` (higher stays; equal scores: the lower index stays) or `select`. The base resolves budgets,
+    order, several images and unequal rows.
+
+    Raises:
+        BudgetError, LayerError, SpecError: a parameter is out of range.
+    """
+
+    kind: ClassVar[str] = "prune"
+    paper_layer: ClassVar[int] = 0
+    paper_depth: ClassVar[int] = 32
+    min_layer: ClassVar[int] = 0
+
+    keep: float | int = param(0.5, "share (float in (0, 1]) or number (int) of the arriving visual tokens that stays")
+    before_layer: int | None = param(
+        None, "0-indexed decoder layer whose input is pruned (0: before the LLM); None: the paper's layer at this depth"
+    )
+    budget_scope: str = param("image", "'image': the budget holds for every image; 'sample': for all images of a prompt")
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        budget.check(self.keep, f"{self.name}.keep")
+        if self.budget_scope not in SCOPES:
+            raise SpecError(f"{self.name}.budget_scope={self.budget_scope!r}: expected one of {', '.join(SCOPES)}")
+        layer = self.before_layer
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
+            raise LayerError(f"{self.name}.before_layer={layer!r} is not a layer: give an int, or None for the paper's")
+        if layer is not None and layer < self.min_layer:
+            why = "" if self.min_layer == 0 else " (it scores with the attention of the layer before)"
+            raise LayerError(f"{self.name}.before_layer={layer} is too early: the first possible is {self.min_layer}{why}")
+
+    @property
+    def is_noop(self) -> bool:
+        """True for `keep=1.0`."""
+        return isinstance(self.keep, float) and self.keep == 1.0
+
+    def resolve_layer(self, num_layers: int) -> int:
+        """The decoder layer to prune before, in a model of `num_layers` layers.
+
+        Raises:
+            LayerError: the model has no such layer.
+        """
+        if self.before_layer is None:
+            scaled = math.floor(self.paper_layer * num_layers / self.paper_depth + 0.5)
+            return min(max(scaled, self.min_layer), num_layers - 1)
+        if self.before_layer >= num_layers:
+            raise LayerError(
+                f"{self}: this model has {num_layers} decoder layers, before_layer must be between {self.min_layer} "
+                f"and {num_layers - 1}"
+            )
+        return self.before_layer
+
+    def score(self, view: View) -> Tensor:
+        """`(B, V)` float, higher stays."""
+        raise NotImplementedError(f"{type(self).__name__} must implement score(view) or select(view)")
+
+    def select(self, view: View) -> Keep:
+        """The tokens that stay; the default ranks `score` within every image."""
+        group, counts = self.groups(view)
+        return Keep.top(self.score(view), group, counts)
+
+    def groups(self, view: View) -> tuple[Tensor, Tensor]:
+        """`(B, V)` the budget group of every token and `(B, G)` how many of each group stay."""
+        if self.budget_scope == "sample":
+            group, present = view.image.clamp_max(0), view.counts.sum(1, keepdim=True)
+        else:
+            group, present = view.image, view.counts
+        kept = [[budget.count(n, self.keep) if n else 0 for n in row] for row in present.tolist()]
+        return group, torch.tensor(kept, dtype=torch.long, device=view.image.device)

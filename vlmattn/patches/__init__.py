@@ -1,0 +1,1 @@
+"""How a decision reaches a model: the only code that knows transformers."""

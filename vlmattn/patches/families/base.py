@@ -1,0 +1,81 @@
+"""What a family declares: where things are in a model and what it has. No algorithms."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmattn.spans import Geometry
+
+FAMILIES: dict[str, Family] = {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: how people call it.
+        model_type: the config's `model_type`, the key of the registry.
+        model_class: the transformers class to wrap.
+        paper: arXiv id.
+        multimodal, text_model, layers, vision_tower, projector: attribute paths from the wrapped model; `layers` from the text
+            model.
+        placeholder_ids: config attributes that hold the ids of visual placeholder tokens.
+        feature_methods: methods of the multimodal model that run the vision tower, to the split of their arguments into
+            one pixel tensor per image.
+        has_cls: whether the vision tower has a CLS token.
+        rope: `1d` or `mrope`.
+        deepstack: whether visual features are added again inside the decoder.
+        grid_rule: how the visual tokens of an image lie, in words.
+        tokens_per_image: from the config, the number of visual tokens where it is the same for all images, else None.
+        grid: `(config, number of tokens, (3, tokens) M-RoPE positions or None)` of one image to its `(t, h, w)`, if known.
+        geometry: `(image_processor, (width, height), grid)` to a `Geometry`.
+        input_grids: `(config, processor outputs)` to the grids of all images of a batch.
+    """
+
+    name: str
+    model_type: str
+    model_class: str
+    paper: str
+    has_cls: bool
+    rope: str
+    grid_rule: str
+    placeholder_ids: tuple[str, ...]
+    tokens_per_image: Callable[[Any], int | None]
+    grid: Callable[[Any, int, Tensor | None], tuple[int, int, int] | None]
+    geometry: Callable[[Any, tuple[int, int], tuple[int, int, int]], Geometry]
+    input_grids: Callable[[Any, Mapping[str, Any]], Sequence[tuple[int, int, int]]]
+    feature_methods: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Tensor]]]
+    multimodal: str = "model"
+    text_model: str = "model.language_model"
+    layers: str = "layers"
+    vision_tower: str = "model.vision_tower"
+    projector: str = "model.multi_modal_projector"
+    deepstack: bool = False
+
+    def part(self, model: nn.Module, name: str) -> nn.Module:
+        """The module at the declared path `name`, such as `text_model`."""
+        return operator.attrgetter(getattr(self, name))(model)
+
+    def placeholders(self, config: Any) -> list[int]:
+        """Ids of the visual placeholder tokens of this model."""
+        ids = (getattr(config, attribute, None) for attribute in self.placeholder_ids)
+        return [token for token in ids if token is not None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able facts for the CLI and the docs."""
+        shown = ("name", "model_type", "model_class", "paper", "has_cls", "rope", "grid_rule", "deepstack")
+        facts = dataclasses.asdict(self, dict_factory=lambda items: {k: v for k, v in items if k in shown})
+        return facts | {"kind": "family"}
+
+
+def register(family: Family) -> Family:
+    """Put a family into the registry."""
+    FAMILIES[family.model_type] = family
+    return family

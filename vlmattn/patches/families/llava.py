@@ -1,0 +1,81 @@
+"""LLaVA-1.5: a CLIP tower at one fixed size, every patch one token, a two-layer projector, a Llama-like decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlmattn.patches.families.base import Family, register
+from vlmattn.spans import Geometry
+
+
+def _side(config: Any) -> int:
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def _tokens_per_image(config: Any) -> int:
+    cls = 1 if config.vision_feature_select_strategy == "full" else 0
+    return _side(config) ** 2 + cls
+
+
+def _grid(config: Any, tokens: int, rows: Tensor | None) -> tuple[int, int, int] | None:
+    side = math.isqrt(tokens)
+    return (1, side, side) if side * side == tokens else None
+
+
+def _geometry(image_processor: Any, size: tuple[int, int], grid: tuple[int, int, int]) -> Geometry:
+    """Follow the processor: pad to a square, resize, centre crop, each only if its config says so."""
+    width, height = size
+    left, top, scale_x, scale_y = 0.0, 0.0, 1.0, 1.0
+    seen: tuple[float, float] = (width, height)
+    if getattr(image_processor, "do_pad", False):
+        side = max(width, height)
+        left, top, seen = (side - width) // 2, (side - height) // 2, (side, side)
+    target = dict(image_processor.size)
+    if target.get("shortest_edge"):
+        short, long = min(seen), max(seen)
+        edges = {short: target["shortest_edge"], long: int(target["shortest_edge"] * long / short)}
+        if short == long:
+            edges = {short: target["shortest_edge"]}
+        resized = (edges[seen[0]], edges[seen[1]])
+    else:
+        resized = (target["width"], target["height"])
+    scale_x, scale_y = resized[0] / seen[0], resized[1] / seen[1]
+    crop_x, crop_y, view = 0.0, 0.0, resized
+    if getattr(image_processor, "do_center_crop", False):
+        crop = dict(image_processor.crop_size)
+        view = (crop["width"], crop["height"])
+        crop_x, crop_y = (resized[0] - view[0]) // 2, (resized[1] - view[1]) // 2
+    _, rows, columns = grid
+    return Geometry(
+        grid=grid,
+        size=size,
+        origin=(crop_x / scale_x - left, crop_y / scale_y - top),
+        cell=(view[0] / columns / scale_x, view[1] / rows / scale_y),
+    )
+
+
+def _input_grids(config: Any, inputs: Mapping[str, Any]) -> Sequence[tuple[int, int, int]]:
+    return [(1, _side(config), _side(config))] * len(inputs["pixel_values"])
+
+
+register(
+    Family(
+        name="LLaVA-1.5",
+        model_type="llava",
+        model_class="LlavaForConditionalGeneration",
+        paper="2310.03744",
+        has_cls=True,
+        rope="1d",
+        grid_rule="one square grid an image, raster order, no newline tokens",
+        placeholder_ids=("image_token_id",),
+        tokens_per_image=_tokens_per_image,
+        grid=_grid,
+        geometry=_geometry,
+        input_grids=_input_grids,
+        feature_methods={"get_image_features": lambda arguments: list(arguments["pixel_values"])},
+    )
+)

@@ -1,0 +1,189 @@
+"""The per-generation state: which tokens of the prompt each decoder layer still holds, and masks for such ragged layers.
+
+A plan lives on the cache object, so two generations, a second turn or a text-only branch never see each other's plan.
+Frames: the *prompt frame* counts the columns of the padded prompt; the *base frame* those that the text model's own mask and
+rotary tables cover, which is shorter when pruning happened at the entry of the text model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vlmattn.spans import Span
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The tokens that layers from `layer` on (up to the next stage) hold of the prompt.
+
+    Attributes:
+        layer: first decoder layer with these tokens.
+        method: text of the method that chose them.
+        positions: `(B, M)` long, their prompt-frame columns, ascending, right-aligned.
+        base: `(B, M)` long, their base-frame columns.
+        valid: `(B, M)` bool, False at filler slots of rows that keep fewer tokens; None if every slot is a token.
+    """
+
+    layer: int
+    method: str
+    positions: Tensor
+    base: Tensor
+    valid: Tensor | None
+
+    @property
+    def size(self) -> int:
+        """Slots per row."""
+        return self.positions.shape[1]
+
+    def to(self, device: torch.device) -> Stage:
+        """The same stage on another device (models split over several)."""
+        if self.positions.device == device:
+            return self
+        valid = None if self.valid is None else self.valid.to(device)
+        return Stage(self.layer, self.method, self.positions.to(device), self.base.to(device), valid)
+
+
+@dataclass
+class Plan:
+    """What happened to the visual tokens of one prefill.
+
+    Attributes:
+        real: `(B, N)` bool, False at padding.
+        visual: `(B, N)` bool.
+        image: `(B, N)` long, image of each token within its sample, -1 for text.
+        spans: per sample the spans of its images.
+        stages: in order of layer.
+        keys: per sample and image the content keys, if a method needs them.
+        rows: query rows whose attention is collected, by name of the need.
+        scores: attention received per layer (layers that a later stage asked for), `(B, slots)` fp32.
+    """
+
+    real: Tensor
+    visual: Tensor
+    image: Tensor
+    spans: Sequence[Sequence[Span]]
+    stages: list[Stage] = field(default_factory=list)
+    keys: tuple[tuple[int, ...], ...] | None = None
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Columns of the padded prompt."""
+        return self.visual.shape[1]
+
+    @property
+    def base_length(self) -> int:
+        """Columns of the base frame."""
+        first = self.stages[0] if self.stages else None
+        return first.size if first is not None and first.layer == 0 else self.length
+
+    @property
+    def dropped_at_entry(self) -> int:
+        """Columns that the text model never sees."""
+        return self.length - self.base_length
+
+    def stage(self, layer: int) -> Stage | None:
+        """The stage that rules decoder layer `layer`, or None if the layer holds the whole prompt."""
+        ruling = [stage for stage in self.stages if stage.layer <= layer]
+        return ruling[-1] if ruling else None
+
+
+def compact(keep: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Column indices of the kept tokens of every row, right-aligned.
+
+    Args:
+        keep: `(B, N)` bool.
+
+    Returns:
+        `(B, M)` long indices, ascending within the valid slots, and `(B, M)` bool validity, None if all slots are valid;
+        M is the largest number of kept tokens of a row.
+    """
+    counts = keep.sum(1)
+    size = int(counts.max())
+    order = torch.argsort(keep.long(), dim=1, stable=True)
+    index = order[:, keep.shape[1] - size :]
+    valid = keep.gather(1, index)
+    return index, None if bool((counts == size).all()) else valid
+
+
+def gather_rows(x: Tensor, index: Tensor, dim: int = -2) -> Tensor:
+    """Rows `index` `(B, M)` of `x` `(..., B or 1, N, C)` along `dim` -2, or of `(..., B or 1, N)` along -1."""
+    batch, size = index.shape
+    if dim == -1:
+        x = x.expand(*x.shape[:-2], batch, x.shape[-1])
+        return x.gather(-1, index.expand(*x.shape[:-2], batch, size))
+    x = x.expand(*x.shape[:-3], batch, *x.shape[-2:])
+    return x.gather(-2, index[..., None].expand(*x.shape[:-3], batch, size, x.shape[-1]))
+
+
+def prefill_mask(mask: Tensor | None, stage: Stage) -> Tensor | None:
+    """The attention mask of a pruned layer during the prefill.
+
+    Args:
+        mask: the text model's mask in the base frame: None (causal), `(B, Nb)` valid keys (flash), or `(B or 1, 1, Nb, Nb)` bool
+            or additive.
+        stage: the ruling stage.
+
+    Returns:
+        The mask over the stage's slots; None stays None unless rows are unequal. Filler slots see only themselves, so that
+        nothing of them is undefined; nobody else sees them.
+    """
+    if mask is None and stage.valid is None:
+        return None
+    if mask is not None and mask.ndim == 2:
+        return _valid_columns(mask, stage)
+    size, device = stage.size, stage.base.device
+    if mask is None:
+        square = torch.ones(size, size, dtype=torch.bool, device=device).tril()[None, None]
+    else:
+        batch = stage.base.shape[0]
+        mask = mask.expand(batch, *mask.shape[1:])
+        rows = mask.gather(2, stage.base[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        square = rows.gather(3, stage.base[:, None, None, :].expand(-1, mask.shape[1], size, -1))
+    if stage.valid is None:
+        return square
+    alone = torch.diag_embed(~stage.valid)[:, None]
+    return _restrict(square, stage.valid[:, None, None, :], alone)
+
+
+def decode_mask(mask: Tensor | None, stage: Stage, base_length: int, new: int, batch: int) -> Tensor | None:
+    """The attention mask of a pruned layer for tokens after the prompt.
+
+    Args:
+        mask: the text model's mask in the base frame, keys `base_length + new` (or more); None, 2-D or 4-D as above.
+        stage: the ruling stage.
+        base_length: prompt columns in the base frame.
+        new: keys after the prompt, including the current tokens.
+        batch: rows of the current call.
+    """
+    if mask is None:
+        if stage.valid is None:
+            return None
+        head = stage.valid
+        return torch.cat([head, head.new_ones(batch, new)], 1)[:, None, None, :]
+    if mask.ndim == 2:
+        return torch.cat([_valid_columns(mask, stage), mask[:, base_length:]], 1)
+    mask = mask.expand(batch, *mask.shape[1:])
+    index = stage.base[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    head = mask[..., :base_length].gather(3, index)
+    if stage.valid is not None:
+        head = _restrict(head, stage.valid[:, None, None, :], None)
+    return torch.cat([head, mask[..., base_length:]], -1)
+
+
+def _valid_columns(mask: Tensor, stage: Stage) -> Tensor:
+    columns = mask.gather(1, stage.base)
+    return columns if stage.valid is None else columns * stage.valid.to(columns.dtype)
+
+
+def _restrict(mask: Tensor, allowed: Tensor, always: Tensor | None) -> Tensor:
+    """Limit a bool or additive mask to `allowed` keys; `always` entries stay visible whatever the rest says."""
+    if mask.dtype == torch.bool:
+        limited = mask & allowed
+        return limited if always is None else limited | always
+    limited = mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+    return limited if always is None else limited.masked_fill(always, 0.0)

@@ -1,0 +1,149 @@
+"""What a run did: tokens per layer, KV bytes, multiply-accumulates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmattn.cost import Dims, kv_bytes, prefill_macs
+from vlmattn.plan import Plan, Stage
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One pruning stage.
+
+    Attributes:
+        method: text of the method.
+        before_layer: decoder layer whose input is already pruned.
+        kept: per sample and image the indices (within the image, raster order) of the visual tokens that are left.
+    """
+
+    method: str
+    before_layer: int
+    kept: list[list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last prefill with images that went through a session.
+
+    Attributes:
+        spec: canonical text of the methods.
+        family: name of the model family.
+        num_layers: decoder layers.
+        prompt_tokens: per sample, without padding.
+        visual_tokens: per sample.
+        visual_per_layer: per sample, visual tokens in each decoder layer.
+        kv_bytes: keys and values after the prefill over all samples, without padding.
+        kv_bytes_full: the same without pruning.
+        prefill_macs, prefill_macs_full: multiply-accumulates of the decoder layers over all samples.
+        stages: pruning stages in order of layer.
+        positions: per sample the prompt columns (padding counted) that the last layer held; logits of a bare forward are
+            right-aligned to these.
+    """
+
+    spec: str
+    family: str
+    num_layers: int
+    prompt_tokens: list[int]
+    visual_tokens: list[int]
+    visual_per_layer: list[list[int]]
+    kv_bytes: int
+    kv_bytes_full: int
+    prefill_macs: int
+    prefill_macs_full: int
+    stages: list[StageReport]
+    positions: list[list[int]]
+
+    @property
+    def average_visual_tokens(self) -> float:
+        """Visual tokens per layer, mean over layers and samples."""
+        return sum(map(sum, self.visual_per_layer)) / (self.num_layers * len(self.visual_per_layer))
+
+    @property
+    def speedup(self) -> float:
+        """Theoretical speed-up of the decoder's prefill: full over pruned multiply-accumulates."""
+        return self.prefill_macs_full / self.prefill_macs
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, with the derived numbers."""
+        derived = {"average_visual_tokens": self.average_visual_tokens, "speedup": self.speedup}
+        return dataclasses.asdict(self) | derived
+
+    def __str__(self) -> str:
+        samples = len(self.visual_tokens)
+        lines = [f"{self.spec} on {self.family}, {self.num_layers} layers, {samples} sample{'s' * (samples > 1)}"]
+        for row, counts in enumerate(self.visual_per_layer):
+            runs: list[list[int]] = []
+            for layer, count in enumerate(counts):
+                if runs and runs[-1][2] == count:
+                    runs[-1][1] = layer
+                else:
+                    runs.append([layer, layer, count])
+            shown = ", ".join(f"{n} in layer{'s' * (b > a)} {a if a == b else f'{a}-{b}'}" for a, b, n in runs)
+            lines.append(f"  sample {row}: {self.prompt_tokens[row]} prompt tokens, visual: {shown}")
+        share = self.kv_bytes / self.kv_bytes_full
+        lines.append(f"  visual tokens per layer  {self.average_visual_tokens:.1f}")
+        lines.append(f"  KV after prefill         {self.kv_bytes:,} B of {self.kv_bytes_full:,} B ({share:.0%})")
+        lines.append(
+            f"  prefill MACs (decoder)   {self.prefill_macs:.4g} of {self.prefill_macs_full:.4g} "
+            f"(theoretical speed-up {self.speedup:.2f}x)"
+        )
+        return "\n".join(lines)
+
+
+def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) -> Report:
+    """A report of one plan.
+
+    Args:
+        plan: the finished prefill.
+        spec: canonical text of the session's methods.
+        family: name of the model family.
+        dims: sizes of the decoder.
+        bytes_per_value: of the cache's dtype.
+    """
+    prompt = plan.real.sum(1).tolist()
+    visual = plan.visual.sum(1).tolist()
+    left = [_visual_per_sample(plan, plan.stage(layer)) for layer in range(dims.num_layers)]
+    per_layer = [[left[layer][row] for layer in range(dims.num_layers)] for row in range(len(prompt))]
+    tokens = [[prompt[row] - visual[row] + n for n in counts] for row, counts in enumerate(per_layer)]
+    full = [[prompt[row]] * dims.num_layers for row in range(len(prompt))]
+    return Report(
+        spec=spec,
+        family=family,
+        num_layers=dims.num_layers,
+        prompt_tokens=prompt,
+        visual_tokens=visual,
+        visual_per_layer=per_layer,
+        kv_bytes=sum(kv_bytes(dims, row, bytes_per_value) for row in tokens),
+        kv_bytes_full=sum(kv_bytes(dims, row, bytes_per_value) for row in full),
+        prefill_macs=sum(prefill_macs(dims, row) for row in tokens),
+        prefill_macs_full=sum(prefill_macs(dims, row) for row in full),
+        stages=[StageReport(stage.method, stage.layer, _kept(plan, stage)) for stage in plan.stages],
+        positions=_positions(plan, plan.stage(dims.num_layers - 1)),
+    )
+
+
+def _positions(plan: Plan, stage: Stage | None) -> list[list[int]]:
+    if stage is None:
+        return [row.nonzero()[:, 0].tolist() for row in plan.real]
+    columns = stage.positions.tolist()
+    if stage.valid is None:
+        return columns
+    return [[c for c, ok in zip(row, oks, strict=True) if ok] for row, oks in zip(columns, stage.valid.tolist(), strict=True)]
+
+
+def _visual_per_sample(plan: Plan, stage: Stage | None) -> list[int]:
+    visual: Sequence[Sequence[bool]] = plan.visual.tolist()
+    return [sum(visual[row][c] for c in columns) for row, columns in enumerate(_positions(plan, stage))]
+
+
+def _kept(plan: Plan, stage: Stage) -> list[list[list[int]]]:
+    result = []
+    for row, columns in enumerate(_positions(plan, stage)):
+        spans = plan.spans[row]
+        result.append([[c - s.start for c in columns if s.start <= c < s.start + s.length] for s in spans])
+    return result

@@ -1,0 +1,154 @@
+"""The one call: `wrap` installs methods on a model, the `Session` owns everything that must be undone."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vlmattn import report as reports
+from vlmattn import spec as specs
+from vlmattn.errors import AlreadyWrappedError, CallError
+from vlmattn.methods.base import Method
+from vlmattn.patches import families as family_registry
+from vlmattn.patches.engine import Engine
+from vlmattn.report import Report
+from vlmattn.spans import Geometry
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def wrap(model: nn.Module, spec: specs.Spec, processor: Any = None) -> Session:
+    """Install methods on a pretrained vision-language model. **The model is changed in place until `remove()`.**
+
+    Args:
+        model: a supported transformers model with its language-model head, in eval mode when it runs.
+        spec: text such as `"fastv(keep=0.5)"`, a method object, a list of both, or `"none"` for a session that only reports.
+        processor: the model's processor; needed by `session.geometry`.
+
+    Returns:
+        The session, also usable as a context manager.
+
+    Raises:
+        UnsupportedModelError: no family file describes the model.
+        SpecError, BudgetError, LayerError: the spec is wrong or does not fit the model.
+        AlreadyWrappedError: the model carries a session already.
+    """
+    methods = specs.parse(spec)
+    first = _SESSIONS.get(model) if isinstance(model, nn.Module) else None
+    if first is not None:
+        raise AlreadyWrappedError(
+            f"this model already carries the session {first.spec!r}: call its remove() first, or join the specs with '+'"
+        )
+    engine = Engine(model, methods)
+    engine.install()
+    session = Session(engine, processor)
+    _SESSIONS[model] = session
+    return session
+
+
+class Session:
+    """Methods installed on one model; made by `wrap`. Leaving the context and `remove()` take the same road."""
+
+    def __init__(self, engine: Engine, processor: Any = None) -> None:
+        self._engine = engine
+        self.processor = processor
+        self.active = True
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model."""
+        return self._engine.model
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The installed methods, in the order of the spec."""
+        return self._engine.methods
+
+    @property
+    def spec(self) -> str:
+        """Canonical text of the installed methods."""
+        return specs.text(self.methods)
+
+    def set(self, path: str, value: Any) -> None:
+        """Change one parameter of an installed method, such as `set("fastv.keep", 0.3)`; from the next prompt on.
+
+        Raises:
+            SpecError, BudgetError, LayerError: path or value do not fit; the session stays as it was.
+            CallError: the session was removed.
+        """
+        self._alive()
+        self._engine.configure(specs.replace(self.methods, path, value))
+
+    def report(self) -> Report:
+        """What the last prefill with images did.
+
+        Raises:
+            CallError: no prompt with an image went through this session yet.
+        """
+        plan = self._engine.last
+        if plan is None:
+            raise CallError("nothing to report: no prompt with an image has gone through this session yet")
+        dtype = next(self._engine.text_model.parameters()).dtype
+        return reports.build(plan, self.spec, self._engine.family.name, self._engine.dims, dtype.itemsize)
+
+    def geometry(self, images: Sequence[Image], inputs: Mapping[str, Any]) -> list[Geometry]:
+        """The pixels behind the visual tokens.
+
+        Args:
+            images: the PIL images of a batch, in order.
+            inputs: what the processor made of them.
+
+        Returns:
+            One map per image, in pixels of the original image.
+
+        Raises:
+            CallError: `wrap` got no processor, or images and inputs do not match.
+        """
+        if self.processor is None:
+            raise CallError("geometry needs the processor: call wrap(model, spec, processor=processor)")
+        family = self._engine.family
+        grids = family.input_grids(self._engine.config, inputs)
+        if len(grids) != len(images):
+            raise CallError(f"{len(images)} images were given, but the inputs hold {len(grids)}")
+        processor = self.processor.image_processor
+        return [family.geometry(processor, image.size, grid) for image, grid in zip(images, grids, strict=True)]
+
+    def remove(self) -> None:
+        """Undo everything; the model is bit for bit what it was. Calling it again does nothing."""
+        if self.active:
+            self.active = False
+            _SESSIONS.pop(self.model, None)
+            self._engine.remove()
+
+    def _alive(self) -> None:
+        if not self.active:
+            raise CallError(f"the session {self.spec!r} was removed: wrap the model again")
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "" if self.active else ", removed"
+        return f"<vlmattn.Session {self.spec!r} on {type(self.model).__name__}{state}>"
+
+
+def families() -> list[dict[str, Any]]:
+    """The supported model families, one dict of facts each."""
+    return [family.as_dict() for family in family_registry.supported()]
+
+
+def methods_info() -> list[dict[str, Any]]:
+    """The registered methods, one dict each, with name, kind, paper and parameters."""
+    return [info.as_dict() for info in specs.registry().values()]
