@@ -1,4 +1,5 @@
-"""Tiny random models of every family, and prompts for them. The weights are spread so that attention is far from uniform."""
+"""Tiny random models of every family, and prompts for them. The weights are spread so that attention is far from
+uniform."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from vlmattn.eval.summary import Row
 
 OK, INCOMPLETE, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-DEFAULT_MODEL = "the embedded model"
 _PIPE_WIDTH = 160
 
 
@@ -32,10 +31,14 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except VlmattnError as error:
-            _console(stderr=True).print(f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+            _console(stderr=True).print(
+                f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True
+            )
             raise typer.Exit(MISTAKE) from None
         except KeyboardInterrupt:
-            _console(stderr=True).print("[yellow]stopped[/]; what was answered is saved: the same command goes on from here")
+            _console(stderr=True).print(
+                "[yellow]stopped[/]; what was answered is saved: the same command goes on from here"
+            )
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -52,9 +55,17 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 done, but some records failed (they are named); 2 a mistake in what was asked.",
 )
 
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Embedded model, hub id (org/name) or folder. Default: the embedded model.")]
-DtypeOption = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. Default: float32 for the embedded model, else auto.")]
-DeviceOption = Annotated[str | None, typer.Option(help="A torch device: cpu, cuda, cuda:1. Default: the first GPU, if any.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Embedded model, hub id (org/name) or folder. Default: the embedded model."),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="auto, float32, bfloat16 or float16. Default: float32 for the embedded model, else auto."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="A torch device: cpu, cuda, cuda:1. Default: the first GPU, if any.")
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Let the warnings of transformers through.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")]
 
@@ -66,7 +77,9 @@ def _console(stderr: bool = False) -> Console:
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False) -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
     """Options before the command."""
     if version:
         from vlmattn import __version__
@@ -77,15 +90,17 @@ def main(version: Annotated[bool, typer.Option("--version", is_eager=True, help=
 
 @app.command()
 def demo(
-    images: Annotated[int, typer.Option(help="How many scenes; more narrow the intervals and take longer.", min=2)] = 100,
+    images: Annotated[
+        int, typer.Option(help="How many scenes; more narrow the intervals and take longer.", min=2)
+    ] = 100,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo.html"),
     device: DeviceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """The embedded model with and without pruning: tables here, and one self-contained page.
 
-    No download is needed. Accuracy, F1 and intervals stand beside visual tokens, KV bytes and time, and the page shows which
-    tokens were kept.
+    No download is needed. Accuracy, F1 and intervals stand beside visual tokens, KV bytes and time, and the page
+    shows which tokens were kept.
     """
     from vlmattn.eval import demo as show
     from vlmattn.eval import models, page
@@ -100,18 +115,23 @@ def demo(
             path = page.write(show.content(result, show.make_examples(result)), out)
     for table in show.terminal_tables(result):
         console.print(table)
-    console.print(f"Results of the embedded scenes model; they claim nothing about real models. The page: [bold]{escape(str(path))}[/]")
+    console.print(
+        "Results of the embedded scenes model; they claim nothing about real models. "
+        f"The page: [bold]{escape(str(path))}[/]"
+    )
 
 
 @app.command(
     epilog="Examples:\n\n"
     'vlmattn run scene:3 --methods "fastv(keep=0.25, before_layer=2)" --show kept.png\n\n'
-    'vlmattn run cat.jpg "What is on the sofa?" --model llava-hf/llava-1.5-7b-hf --methods "fastv(keep=0.5); random(keep=0.5)"'
+    'vlmattn run cat.jpg "What is on the sofa?" --model ORG/MODEL --methods "fastv(keep=0.5); random(keep=0.5)"'
 )
 def run(
     image: Annotated[str, typer.Argument(help="An image file, or scene:NUMBER for a rendered scene.")],
     question: Annotated[str | None, typer.Argument(help="What to ask; a scene brings its own question.")] = None,
-    methods: Annotated[str, typer.Option(help="Specs, separated by ';'. The model as it is always comes first.")] = "fastv(keep=0.5)",
+    methods: Annotated[
+        str, typer.Option(help="Specs, separated by ';'. The model as it is always comes first.")
+    ] = "fastv(keep=0.5)",
     show: Annotated[Path | None, typer.Option(help="Draw which tokens each stage kept into this picture.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.", min=1)] = 64,
     model: ModelOption = None,
@@ -144,26 +164,45 @@ def run(
     name="eval",
     epilog="Examples:\n\n"
     'vlmattn eval --methods "none; fastv(keep=0.5); random(keep=0.5)" --limit 60\n\n'
-    'vlmattn eval --model llava-hf/llava-1.5-7b-hf --data pope/ --images val2014/ --methods "none; fastv(keep=0.5)" --out runs/llava\n\n'
-    "The POPE files are in output/coco of github.com/RUCAIBox/POPE, the images are COCO val2014. Killed or interrupted, the same "
+    'vlmattn eval --model ORG/MODEL --data pope/ --images val2014/ --methods "none; '
+    'fastv(keep=0.5)" --out runs/mine\n\n'
+    "The POPE files are in output/coco of github.com/RUCAIBox/POPE, the images are COCO "
+    "val2014. Killed or interrupted, the same "
     "command goes on; a folder that holds another run is refused.",
 )
 def evaluate(
-    methods: Annotated[str, typer.Option(help="Specs, separated by ';'. One run folder each.")] = "none; fastv(keep=0.5)",
-    bench: Annotated[str, typer.Option(help="pope (yes/no), or scenes (places and digits on rendered scenes).")] = "pope",
+    methods: Annotated[
+        str, typer.Option(help="Specs, separated by ';'. One run folder each.")
+    ] = "none; fastv(keep=0.5)",
+    bench: Annotated[
+        str, typer.Option(help="pope (yes/no), or scenes (places and digits on rendered scenes).")
+    ] = "pope",
     model: ModelOption = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with the three POPE files; rendered scenes if left out.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder with the images the files name. Default: images/ or val2014/ in --data.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the three POPE files; rendered scenes if left out.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder with the images the files name. Default: images/ or val2014/ in --data.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: runs/BENCH-MODEL.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of every category.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions asked at once.")] = 16,
     profile: Annotated[str, typer.Option(help="How POPE answers are read: official or lmms_eval.")] = "official",
-    prompt: Annotated[str | None, typer.Option(help="bare, or llava (adds 'Answer ... using a single word or phrase.'). Default: llava with --data.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Where an answer is cut. Default: 16 for the embedded model, else 128.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="bare, or single_word (asks for a single word or phrase). Default: bare, with --data single_word."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where an answer is cut. Default: 16 for the embedded model, else 128.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the intervals' resampling and of torch.")] = 0,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask the failed records of a former run again.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask the failed records of a former run again.")
+    ] = False,
     verbose: VerboseOption = False,
 ) -> None:
     """A benchmark under several methods: accuracy, F1, intervals and cost in one table.
@@ -206,7 +245,10 @@ def methods(as_json: JsonOption = False) -> None:
         fields = ", ".join(f"{field['name']}={field['default']}" for field in entry.get("fields", ()))
         view.add_row(entry["name"], entry["kind"], entry["paper"] or "-", entry.get("summary", ""), fields)
     _console().print(view)
-    _console().print('Use: vlmattn run scene:3 --methods "fastv(keep=0.5)"   (papers are arXiv ids; a None layer is the paper\'s, scaled to the model)')
+    _console().print(
+        'Use: vlmattn run scene:3 --methods "fastv(keep=0.5)"   (papers are arXiv ids; a None '
+        "layer is the paper's, scaled to the model)"
+    )
 
 
 @app.command()
@@ -216,7 +258,8 @@ def models(as_json: JsonOption = False) -> None:
     from vlmattn.scenes import names
 
     found: list[dict[str, Any]] = [
-        {"name": name, "kind": "embedded", "paper": "", "summary": "ships with the package, trained on rendered scenes"} for name in names()
+        {"name": name, "kind": "embedded", "paper": "", "summary": "ships with the package, trained on rendered scenes"}
+        for name in names()
     ]
     found += [{**entry, "kind": entry.get("kind") or "family"} for entry in vlmattn.families()]
     if as_json:
@@ -225,7 +268,9 @@ def models(as_json: JsonOption = False) -> None:
     view = _table("models", ("name", "kind", "paper", "config.model_type", "notes"))
     for entry in found:
         notes = entry.get("summary") or ", ".join(
-            text for text in (f"rope {entry['rope']}" if "rope" in entry else "", "has CLS" if entry.get("has_cls") else "") if text
+            text
+            for text in (f"rope {entry['rope']}" if "rope" in entry else "", "has CLS" if entry.get("has_cls") else "")
+            if text
         )
         view.add_row(entry["name"], entry["kind"], entry["paper"] or "-", str(entry.get("model_type", "-")), notes)
     _console().print(view)
@@ -235,6 +280,10 @@ def models(as_json: JsonOption = False) -> None:
 def _embedded() -> str:
     from vlmattn.scenes import names
 
+    if not names():
+        raise DataError(
+            "this installation has no embedded model: its checkpoint is missing; name another one with --model"
+        )
     return names()[0]
 
 
@@ -259,7 +308,9 @@ def _end_notes(console: Console, rows: Sequence[Row], folder: Path) -> None:
         if row.failed:
             shown = "; ".join(dict.fromkeys(row.failed.values()))
             text = f"{row.label}: {len(row.failed)} questions have no answer: {shown[:500]}"
-            _console(stderr=True).print(f"[red]{escape(text)}[/] (mend the files, then --retry-failed)", soft_wrap=True, highlight=False)
+            _console(stderr=True).print(
+                f"[red]{escape(text)}[/] (mend the files, then --retry-failed)", soft_wrap=True, highlight=False
+            )
     console.print(f"saved in [bold]{escape(str(folder))}[/] (summary.json, and a run folder per method)")
 
 
@@ -271,9 +322,22 @@ def _status(text: str) -> Iterator[None]:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    parts = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*parts, console=_console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
@@ -283,6 +347,3 @@ def _progress() -> Iterator[Progress]:
             bars.update(tasks[name], completed=done)
 
         yield show
-
-
-__all__ = ["DataError", "app"]

@@ -16,7 +16,8 @@ class Dims:
     """Sizes of a decoder.
 
     Attributes:
-        num_layers, hidden, heads, kv_heads, head_dim, mlp: as in the model's text config; `mlp` is the intermediate size.
+        num_layers, hidden, heads, kv_heads, head_dim, mlp: as in the model's text config; `mlp` is the intermediate
+            size.
     """
 
     num_layers: int

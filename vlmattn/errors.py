@@ -1,4 +1,5 @@
-"""Exceptions. Each derives from `VlmattnError` and from the built-in that fits, and says value, expectation and way out."""
+"""Exceptions. Each derives from `VlmattnError` and from the built-in that fits, and says value, expectation and way
+out."""
 
 from __future__ import annotations
 

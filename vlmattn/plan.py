@@ -1,8 +1,9 @@
-"""The per-generation state: which tokens of the prompt each decoder layer still holds, and masks for such ragged layers.
+"""The per-generation state: which tokens of the prompt each decoder layer still holds, and masks for such ragged
+layers.
 
 A plan lives on the cache object, so two generations, a second turn or a text-only branch never see each other's plan.
-Frames: the *prompt frame* counts the columns of the padded prompt; the *base frame* those that the text model's own mask and
-rotary tables cover, which is shorter when pruning happened at the entry of the text model.
+Frames: the *prompt frame* counts the columns of the padded prompt; the *base frame* those that the text model's own
+mask and rotary tables cover, which is shorter when pruning happened at the entry of the text model.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class Stage:
         """Slots per row."""
         return self.positions.shape[1]
 
+    def without_last(self, n: int) -> Stage:
+        """The stage without its last `n` slots."""
+        valid = None if self.valid is None else self.valid[:, :-n]
+        return Stage(self.layer, self.method, self.positions[:, :-n], self.base[:, :-n], valid)
+
     def to(self, device: torch.device) -> Stage:
         """The same stage on another device (models split over several)."""
         if self.positions.device == device:
@@ -56,9 +62,9 @@ class Plan:
         visual: `(B, N)` bool.
         image: `(B, N)` long, image of each token within its sample, -1 for text.
         spans: per sample the spans of its images.
+        ahead: guessed tokens behind the prompt that went through the prefill with it; `settle` forgets them.
         stages: in order of layer.
         keys: per sample and image the content keys, if a method needs them.
-        rows: query rows whose attention is collected, by name of the need.
         scores: attention received per layer (layers that a later stage asked for), `(B, slots)` fp32.
     """
 
@@ -66,6 +72,7 @@ class Plan:
     visual: Tensor
     image: Tensor
     spans: Sequence[Sequence[Span]]
+    ahead: int = 0
     stages: list[Stage] = field(default_factory=list)
     keys: tuple[tuple[int, ...], ...] | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
@@ -86,6 +93,16 @@ class Plan:
         """Columns that the text model never sees."""
         return self.length - self.base_length
 
+    def settle(self) -> None:
+        """End of the prefill: from now on guessed tokens count as any token after the prompt.
+
+        They are text, so every stage holds them in its last slots.
+        """
+        if self.ahead:
+            end, self.ahead = -self.ahead, 0
+            self.real, self.visual, self.image = self.real[:, :end], self.visual[:, :end], self.image[:, :end]
+            self.stages = [stage.without_last(-end) for stage in self.stages]
+
     def stage(self, layer: int) -> Stage | None:
         """The stage that rules decoder layer `layer`, or None if the layer holds the whole prompt."""
         ruling = [stage for stage in self.stages if stage.layer <= layer]
@@ -99,8 +116,8 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor | None]:
         keep: `(B, N)` bool.
 
     Returns:
-        `(B, M)` long indices, ascending within the valid slots, and `(B, M)` bool validity, None if all slots are valid;
-        M is the largest number of kept tokens of a row.
+        `(B, M)` long indices, ascending within the valid slots, and `(B, M)` bool validity, None if all slots are
+        valid; M is the largest number of kept tokens of a row.
     """
     counts = keep.sum(1)
     size = int(counts.max())
@@ -124,13 +141,13 @@ def prefill_mask(mask: Tensor | None, stage: Stage) -> Tensor | None:
     """The attention mask of a pruned layer during the prefill.
 
     Args:
-        mask: the text model's mask in the base frame: None (causal), `(B, Nb)` valid keys (flash), or `(B or 1, 1, Nb, Nb)` bool
-            or additive.
+        mask: the text model's mask in the base frame: None (causal), `(B, Nb)` valid keys (flash), or `(B or 1, 1,
+            Nb, Nb)` bool or additive.
         stage: the ruling stage.
 
     Returns:
-        The mask over the stage's slots; None stays None unless rows are unequal. Filler slots see only themselves, so that
-        nothing of them is undefined; nobody else sees them.
+        The mask over the stage's slots; None stays None unless rows are unequal. Filler slots see only themselves, so
+        that nothing of them is undefined; nobody else sees them.
     """
     if mask is None and stage.valid is None:
         return None

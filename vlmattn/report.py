@@ -41,8 +41,8 @@ class Report:
         kv_bytes_full: the same without pruning.
         prefill_macs, prefill_macs_full: multiply-accumulates of the decoder layers over all samples.
         stages: pruning stages in order of layer.
-        positions: per sample the prompt columns (padding counted) that the last layer held; logits of a bare forward are
-            right-aligned to these.
+        positions: per sample the prompt columns (padding counted) that the last layer held; logits of a bare forward
+            are right-aligned to these.
     """
 
     spec: str
@@ -133,7 +133,10 @@ def _positions(plan: Plan, stage: Stage | None) -> list[list[int]]:
     columns = stage.positions.tolist()
     if stage.valid is None:
         return columns
-    return [[c for c, ok in zip(row, oks, strict=True) if ok] for row, oks in zip(columns, stage.valid.tolist(), strict=True)]
+    return [
+        [c for c, ok in zip(row, oks, strict=True) if ok]
+        for row, oks in zip(columns, stage.valid.tolist(), strict=True)
+    ]
 
 
 def _visual_per_sample(plan: Plan, stage: Stage | None) -> list[int]:

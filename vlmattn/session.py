@@ -29,7 +29,8 @@ def wrap(model: nn.Module, spec: specs.Spec, processor: Any = None) -> Session:
 
     Args:
         model: a supported transformers model with its language-model head, in eval mode when it runs.
-        spec: text such as `"fastv(keep=0.5)"`, a method object, a list of both, or `"none"` for a session that only reports.
+        spec: text such as `"fastv(keep=0.5)"`, a method object, a list of both, or `"none"` for a session that only
+            reports.
         processor: the model's processor; needed by `session.geometry`.
 
     Returns:
@@ -44,7 +45,8 @@ def wrap(model: nn.Module, spec: specs.Spec, processor: Any = None) -> Session:
     first = _SESSIONS.get(model) if isinstance(model, nn.Module) else None
     if first is not None:
         raise AlreadyWrappedError(
-            f"this model already carries the session {first.spec!r}: call its remove() first, or join the specs with '+'"
+            f"this model already carries the session {first.spec!r}: "
+            "call its remove() first, or join the specs with '+'"
         )
     engine = Engine(model, methods)
     engine.install()

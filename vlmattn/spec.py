@@ -1,7 +1,7 @@
 """Text <-> methods, and the registry.
 
-A spec is methods joined by `+`, each a name with optional parameters: `fastv(keep=0.5) + random(keep=64, before_layer=3)`.
-Values are Python literals; bare words are strings (`query=all_text`). `none` is the empty spec.
+A spec is methods joined by `+`, each a name with optional parameters: `fastv(keep=0.5) + random(keep=64,
+before_layer=3)`. Values are Python literals; bare words are strings (`query=all_text`). `none` is the empty spec.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def _value(node: ast.expr) -> Any:
 
 
 def replace(methods: Sequence[Method], path: str, value: Any) -> tuple[Method, ...]:
-    """Methods with one parameter changed: `replace(methods, "fastv.keep", 0.3)`; `random[1].seed` names the second of two.
+    """Methods with one parameter changed: `replace(methods, "fastv.keep", 0.3)`; `random[1].seed` names the second of
+    two.
 
     Raises:
         SpecError: the path does not name one parameter of one installed method.

@@ -8,33 +8,32 @@ from torch import Tensor
 CHUNK = 32
 
 
-def attention_received(
-    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, rows: Tensor | None = None
-) -> Tensor:
+def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, rows: Tensor) -> Tensor:
     """How much attention each key receives, averaged over heads and over chosen query rows.
 
     Args:
         query: `(B, H, N, D)`, rotated.
-        key: `(B, Hkv, S, D)` with S >= N, rotated; keys beyond N are ignored (a static cache hands over unwritten slots).
-        mask: what the model gives its attention: `(B or 1, 1, N, >= N)` bool (True attends) or additive, `(B, >= N)` valid
-            keys, or None for plain causal.
+        key: `(B, Hkv, S, D)` with S >= N, rotated; keys beyond N are ignored (a static cache hands over unwritten
+            slots).
+        mask: what the model gives its attention: `(B or 1, 1, N, >= N)` bool (True attends) or additive, `(B, >= N)`
+            valid keys, or None for plain causal.
         scaling: factor of the logits.
-        rows: `(B, N)` bool, the query rows that count; None: the last row only.
+        rows: `(B, N)` bool, the query rows that count; chunks of rows in which nothing counts cost nothing.
 
     Returns:
         `(B, N)` fp32: mean over heads and chosen rows of the softmax over all keys. A row sums to 1 over its keys.
     """
     length = query.shape[2]
     key = key[:, :, :length]
-    if rows is None:
-        return _probabilities(query, key, mask, scaling, length - 1, length).mean(1)[:, 0]
     weight = rows.float() / rows.sum(1, keepdim=True).clamp_min(1)
     total = query.new_zeros(query.shape[0], length, dtype=torch.float32)
-    for start in range(0, length, CHUNK):
-        stop = min(start + CHUNK, length)
-        if bool(rows[:, start:stop].any()):
-            mean = _probabilities(query, key, mask, scaling, start, stop).mean(1)
-            total += torch.einsum("bq,bqk->bk", weight[:, start:stop], mean.nan_to_num())
+    wanted = rows.any(0).nonzero()[:, 0].tolist()
+    while wanted:
+        start = wanted[0]
+        stop = min(start + CHUNK, wanted[-1] + 1)
+        mean = _probabilities(query, key, mask, scaling, start, stop).mean(1)
+        total += torch.einsum("bq,bqk->bk", weight[:, start:stop], mean.nan_to_num())
+        wanted = [row for row in wanted if row >= stop]
     return total
 
 

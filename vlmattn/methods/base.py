@@ -55,7 +55,7 @@ def register(name: str, *, title: str, paper: str = "") -> Callable[[M], M]:
 
 
 @dataclass(frozen=True)
-class Method(ABC):  # noqa: B024 - what a method implements depends on its kind
+class Method(ABC):
     """Base of all methods."""
 
     name: ClassVar[str]
@@ -77,8 +77,7 @@ class Method(ABC):  # noqa: B024 - what a method implements depends on its kind
         shown = [
             f"{field.name}={_literal(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-            or type(getattr(self, field.name)) is not type(field.default)
+            if getattr(self, field.name) != field.default or type(getattr(self, field.name)) is not type(field.default)
         ]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
@@ -97,11 +96,14 @@ class View:
         counts: `(B, G)` long, visual tokens of each image.
         spans: per sample the spans as they stood in the prompt.
         index: `(B, V)` long, index of the token within its image as it stood in the prompt.
-        hidden: `(B, V, C)` the visual rows of the layer input, in the model's dtype; None if `layer_input` is not needed.
-        scores: `(B, V)` fp32, attention received (mean over heads, probabilities over all keys) in layer `layer - 1` from
-            the rows that `needs` names: `last_row_scores`, `text_row_scores` or `all_row_scores`; None if not asked for.
-        keys: per sample and image an int that depends only on the sample's text and the image's pixels, for reproducible
-            draws whatever the batch; None if `content_key` is not needed.
+        hidden: `(B, V, C)` the visual rows of the layer input, in the model's dtype; None if `layer_input` is not
+            needed.
+        scores: `(B, V)` fp32, attention received (mean over heads, probabilities over all keys) in layer `layer - 1`
+            from
+            the rows that `needs` names: `last_row_scores`, `text_row_scores` or `all_row_scores`; None if not asked
+                for.
+        keys: per sample and image an int that depends only on the sample's text and the image's pixels, for
+            reproducible draws whatever the batch; None if `content_key` is not needed.
     """
 
     layer: int
@@ -121,8 +123,8 @@ SCOPES = ("image", "sample")
 class Pruner(Method):
     """Keeps a part of the visual tokens before one decoder layer.
 
-    A subclass implements `score` (higher stays; equal scores: the lower index stays) or `select`. The base resolves budgets,
-    order, several images and unequal rows.
+    A subclass implements `score` (higher stays; equal scores: the lower index stays) or `select`. The base resolves
+    budgets, order, several images and unequal rows.
 
     Raises:
         BudgetError, LayerError, SpecError: a parameter is out of range.
@@ -137,7 +139,9 @@ class Pruner(Method):
     before_layer: int | None = param(
         None, "0-indexed decoder layer whose input is pruned (0: before the LLM); None: the paper's layer at this depth"
     )
-    budget_scope: str = param("image", "'image': the budget holds for every image; 'sample': for all images of a prompt")
+    budget_scope: str = param(
+        "image", "'image': the budget holds for every image; 'sample': for all images of a prompt"
+    )
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -149,7 +153,9 @@ class Pruner(Method):
             raise LayerError(f"{self.name}.before_layer={layer!r} is not a layer: give an int, or None for the paper's")
         if layer is not None and layer < self.min_layer:
             why = "" if self.min_layer == 0 else " (it scores with the attention of the layer before)"
-            raise LayerError(f"{self.name}.before_layer={layer} is too early: the first possible is {self.min_layer}{why}")
+            raise LayerError(
+                f"{self.name}.before_layer={layer} is too early: the first possible is {self.min_layer}{why}"
+            )
 
     @property
     def is_noop(self) -> bool:

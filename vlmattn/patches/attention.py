@@ -1,8 +1,9 @@
 """The registered attention name: the implementation the model had, plus what methods need to see of it.
 
-A fresh name per installed configuration makes a compiled model notice that something changed. Models may share one config
-object: the config always carries the name of the newest living registration, whose base is the implementation that was there
-before the first one.
+A fresh name per installed configuration makes a compiled model notice that something changed. Models may share one
+config
+object: the config always carries the name of the newest living registration, whose base is the implementation that
+was there before the first one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from vlmattn.errors import UnsupportedModelError
 from vlmattn.kernels.reference import attention_received
 
 PRIVATE = "vlmattn"
-"""Name of the keyword that carries a `Collector` from a layer's pre-hook through the layer to the attention function."""
+"""Name of the keyword that carries a `Collector` from a layer's pre-hook through the layer to the attention
+function."""
 
 _serial = itertools.count(1)
 _living: dict[int, list[Registration]] = {}
@@ -32,10 +34,10 @@ class Collector:
 
     Args:
         put: receives `(B, N)` fp32.
-        rows: `(B, N)` bool query rows, or None for the last row.
+        rows: `(B, N)` bool query rows.
     """
 
-    def __init__(self, put: Callable[[Tensor], None], rows: Tensor | None) -> None:
+    def __init__(self, put: Callable[[Tensor], None], rows: Tensor) -> None:
         self.put = put
         self.rows = rows
 

@@ -1,8 +1,8 @@
 """Ragged caches: where the plan lives, and a first layer that is shorter than `generate()` must believe.
 
-A `DynamicCache` takes layers of different length as it is. Only after pruning at the entry of the text model the first layer
-is short as well; `generate()` reads that layer's length for positions and for slicing a second turn, so outside the text
-model it must report the logical length, and inside the physical one (the mask is sized by it).
+A `DynamicCache` takes layers of different length as it is. Only after pruning at the entry of the text model the
+first layer is short as well; `generate()` reads that layer's length for positions and for slicing a second turn, so
+outside the text model it must report the logical length, and inside the physical one (the mask is sized by it).
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def check_prunable(cache: Any) -> None:
     if odd or getattr(cache, "offloading", False):
         what = ", ".join(odd) or "offloaded layers"
         raise CallError(
-            f"pruning needs a plain DynamicCache, this one has {what}: leave cache_implementation unset, or use a model "
-            "without sliding-window layers"
+            f"pruning needs a plain DynamicCache, this one has {what}: leave cache_implementation unset, "
+            "or use a model without sliding-window layers"
         )
 
 

@@ -1,7 +1,7 @@
 """The engine: installs methods on one model and carries their decisions out.
 
-It uses forward pre-hooks, one registered attention name and instance attributes, nothing else; everything is undone by an
-`ExitStack`. See `passes.py` for what happens inside a forward pass.
+It uses forward pre-hooks, one registered attention name and instance attributes, nothing else; everything is undone
+by an `ExitStack`. See `passes.py` for what happens inside a forward pass.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Engine:
                 continue
             if layer in schedule:
                 raise SpecError(
-                    f"{schedule[layer]} and {method} both prune before layer {layer}: give one of them another before_layer"
+                    f"{schedule[layer]} and {method} both prune before layer {layer}: "
+                    "give one of them another before_layer"
                 )
             schedule[layer] = method
         self.methods, self.schedule = tuple(methods), dict(sorted(schedule.items()))
@@ -114,14 +115,14 @@ class Engine:
 
     def _configure(self) -> None:
         """Install what depends on the methods: a fresh attention name and the taps they need."""
+        registration = Registration(self.text_model.config)
+        self._setup.close()
         with ExitStack() as stack:
-            registration = Registration(self.text_model.config)
             stack.callback(registration.remove)
             if "content_key" in self.needs:
                 for place, (name, split) in enumerate(self.family.feature_methods.items()):
                     put = functools.partial(self._put_keys, place)
                     self._replace(stack, self.multimodal, name, tapped(getattr(self.multimodal, name), split, put))
-            self._setup.close()
             self._setup = stack.pop_all()
 
     def remove(self) -> None:
@@ -158,7 +159,9 @@ class Engine:
         if module.training:
             raise CallError("pruning is for inference: call model.eval() first, or session.remove() to train")
         if self._arguments(module, args, kwargs).get("labels") is not None:
-            raise CallError("labels do not fit pruned logits: call without labels, or remove the session to compute a loss")
+            raise CallError(
+                "labels do not fit pruned logits: call without labels, or remove the session to compute a loss"
+            )
 
     def _on_multimodal(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = self._arguments(module, args, kwargs)
@@ -172,13 +175,14 @@ class Engine:
         arguments = self._arguments(module, args, kwargs)
         extra = arguments.pop("kwargs", {})
         arguments |= extra
-        self._local.live = None
+        self._local.__dict__.pop("live", None)
         if call is not None and call.images:
             if call.ids is None:
                 if self.schedule:
                     raise CallError("pruning finds the visual tokens by their ids: pass input_ids, not inputs_embeds")
                 return None
-            plan = read_prompt(self.family, self.config, call.ids, arguments, keys)
+            ahead = max(call.ids.shape[1] - (self._local.__dict__.get("prompt_length") or call.ids.shape[1]), 0)
+            plan = read_prompt(self.family, self.config, call.ids, ahead, arguments, keys)
             if plan is not None:
                 live, changed = begin_prefill(self, plan, arguments)
                 self.last = plan
@@ -189,14 +193,17 @@ class Engine:
         return None
 
     def _enter(self, live: Pass, changed: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        self._local.live = live if live.busy else None
+        if live.busy:
+            self._local.live = live
         caches.set_inside(changed.get("past_key_values"), True)
         self._local.cache = changed.get("past_key_values")
         return (), changed
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         caches.set_inside(self._local.__dict__.pop("cache", None), False)
-        self._local.live = None
+        live: Pass | None = self._local.__dict__.pop("live", None)
+        if live is not None:
+            live.plan.settle()
 
     def _on_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         live: Pass | None = self._local.__dict__.get("live")
@@ -205,8 +212,11 @@ class Engine:
     def _put_keys(self, place: int, keys: list[int]) -> None:
         self._local.__dict__.setdefault("keys", {})[place] = keys
 
-    def _guarded_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """`generate` as it is, after refusing options under which pruning would silently go wrong."""
+    def _guarded_generate(self, original: Any) -> Callable[..., Any]:
+        """`generate` as it is, after refusing options under which pruning would silently go wrong.
+
+        It also notes where the prompt ends: assisted decoding sends guessed tokens through the prefill.
+        """
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -216,7 +226,13 @@ class Engine:
                 for name, refused in REFUSED_OPTIONS.items():
                     if refused(option[name]):
                         raise CallError(f"generate({name}={option[name]!r}) does not go with pruning: {WAY_OUT[name]}")
-            return original(*args, **kwargs)
+            inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            before = self._local.__dict__.get("prompt_length")
+            self._local.prompt_length = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim == 2 else None
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._local.prompt_length = before
 
         return generate
 

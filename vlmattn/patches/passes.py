@@ -27,13 +27,14 @@ SCORE_NEEDS = ("last_row_scores", "text_row_scores", "all_row_scores")
 
 
 def read_prompt(
-    family: Family, config: Any, ids: Tensor, arguments: Mapping[str, Any], keys: Mapping[int, list[int]]
+    family: Family, config: Any, ids: Tensor, ahead: int, arguments: Mapping[str, Any], keys: Mapping[int, list[int]]
 ) -> Plan | None:
     """A fresh plan with the visual tokens of `ids` `(B, N)`; None if there are none.
 
     Args:
         family, config: of the wrapped model.
-        ids: the prompt, padded.
+        ids: the prompt, padded, and `ahead` guessed tokens after it.
+        ahead: how many of the last columns are guesses (assisted decoding verifies some together with the prompt).
         arguments: the text model's arguments.
         keys: content keys of the images, in batch order, by feature method.
     """
@@ -48,15 +49,14 @@ def read_prompt(
         tuple(dataclasses.replace(span, grid=_grid(family, config, positions, row, span)) for span in row_spans)
         for row, row_spans in enumerate(find_spans(visual, family.tokens_per_image(config)))
     ]
-    plan = Plan(real, visual, image_index(spans, ids.shape[1], ids.device), spans)
+    plan = Plan(real, visual, image_index(spans, ids.shape[1], ids.device), spans, ahead)
     if keys:
-        plan.keys = _assign_keys(ids, real, placeholders, spans, keys)
+        end = ids.shape[1] - ahead
+        plan.keys = _assign_keys(ids[:, :end], real[:, :end], placeholders, spans, keys)
     return plan
 
 
-def _grid(
-    family: Family, config: Any, positions: Tensor | None, row: int, span: Span
-) -> tuple[int, int, int] | None:
+def _grid(family: Family, config: Any, positions: Tensor | None, row: int, span: Span) -> tuple[int, int, int] | None:
     rows = None
     if family.rope == "mrope" and positions is not None and positions.ndim == 3:
         axes = positions[-3:]
@@ -68,11 +68,15 @@ def _assign_keys(
     ids: Tensor, real: Tensor, placeholders: list[int], spans: list[tuple[Span, ...]], keys: Mapping[int, list[int]]
 ) -> tuple[tuple[int, ...], ...]:
     """One key per sample and image from text and pixels; beams repeat the images of their sample."""
-    first = [[placeholders.index(int(ids[row, span.start])) for span in row_spans] for row, row_spans in enumerate(spans)]
+    first = [
+        [placeholders.index(int(ids[row, span.start])) for span in row_spans] for row, row_spans in enumerate(spans)
+    ]
     shown = {place: sum(kind == place for row in first for kind in row) for place in keys}
     copies = max((shown[place] // max(len(keys[place]), 1) for place in keys), default=1) or 1
     if any(shown[place] != copies * len(keys[place]) for place in keys):
-        raise CallError(f"{shown} images in the prompts, but {({p: len(k) for p, k in keys.items()})} went to the tower")
+        raise CallError(
+            f"{shown} images in the prompts, but { ({p: len(k) for p, k in keys.items()}) } went to the tower"
+        )
     cursor = dict.fromkeys(keys, 0)
     result: list[tuple[int, ...]] = []
     for row, kinds in enumerate(first):
@@ -125,7 +129,8 @@ class Pass:
         if stage is not None:
             self._swap(changed, stage.to(hidden.device), hidden)
         if rows:
-            changed[PRIVATE] = Collector(functools.partial(self.plan.scores.__setitem__, index), self._rows(rows[0], stage))
+            rows_wanted = query_rows(rows[0], self.plan, stage)
+            changed[PRIVATE] = Collector(functools.partial(self.plan.scores.__setitem__, index), rows_wanted)
         if args:
             return (hidden, *args[1:]), changed
         return (), changed | {"hidden_states": hidden}
@@ -158,11 +163,18 @@ class Pass:
         else:
             kwargs["attention_mask"] = self.memo[key]
 
-    def _rows(self, need: str, stage: Stage | None) -> Tensor | None:
-        if need == "last_row_scores":
-            return None
-        real, visual = frame(self.plan, stage)[1:3]
-        return real if need == "all_row_scores" else real & ~visual
+
+def query_rows(need: str, plan: Plan, stage: Stage | None) -> Tensor:
+    """`(B, M)` bool, the query rows of a layer whose attention a need is about; guessed tokens never count."""
+    _, real, visual = frame(plan, stage)
+    prompt = real.clone()
+    if plan.ahead:
+        prompt[:, -plan.ahead :] = False
+    if need == "last_row_scores":
+        last = torch.zeros_like(real)
+        last[:, -1 - plan.ahead] = True
+        return last
+    return prompt if need == "all_row_scores" else prompt & ~visual
 
 
 def frame(plan: Plan, stage: Stage | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +209,8 @@ def choose(pruner: Pruner, layer: int, hidden: Tensor, plan: Plan) -> tuple[Stag
     keep = pruner.select(_view(pruner, layer, hidden, plan, columns, order, shown)).mask
     if keep.shape != shown.shape or keep.dtype != torch.bool:
         raise SpecError(
-            f"{pruner}: select() must give a bool mask of shape {tuple(shown.shape)}, got {keep.dtype} {tuple(keep.shape)}"
+            f"{pruner}: select() must give a bool mask of shape {tuple(shown.shape)}, "
+            f"got {keep.dtype} {tuple(keep.shape)}"
         )
     stays = keep & shown
     if bool((stays == shown).all()):
@@ -249,7 +262,6 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
     live = Pass(plan, engine.schedule, prefill=True)
     if not engine.schedule:
         return live, arguments
-    _check_mask(arguments.get("attention_mask"))
     cache = _cache_for(engine, arguments)
     if cache is not None:
         caches.check_prunable(cache)
@@ -260,6 +272,7 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
             )
         arguments["past_key_values"] = cache
         caches.attach(cache, plan)
+    _check_mask(arguments.get("attention_mask"))
     entry = engine.schedule.get(0)
     chosen = None if entry is None else choose(entry, 0, arguments["inputs_embeds"], plan)
     if chosen is not None:

@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 def content_key(tensor: Tensor, start: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, continued from `start`."""
+    """CRC-32 of a tensor's bytes, continued from `start`; floats count as bfloat16, so that the model's dtype is no
+    matter."""
+    if tensor.is_floating_point():
+        tensor = tensor.bfloat16()
     return zlib.crc32(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes(), start)
 
 

@@ -1,11 +1,12 @@
 """FastV: visual tokens that the last prompt token hardly looks at after two layers are dropped.
 
-Idea: run the first K decoder layers on everything, rank the visual tokens by the attention they receive in layer K-1, and
-let the remaining layers see only the best. Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764.
+Idea: run the first K decoder layers on everything, rank the visual tokens by the attention they receive in layer K-1,
+and let the remaining layers see only the best. Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv
+2403.06764.
 
-Deviations from the released code: every sample is ranked by its own attention (the code uses sample 0 for the batch); the
-budget holds per image unless `budget_scope="sample"`; the score is one fp32 row computed beside SDPA instead of eager
-attention; the selection is made once, at prefill (the cached form of the code).
+Deviations from the released code: every sample is ranked by its own attention (the code uses sample 0 for the batch);
+the budget holds per image unless `budget_scope="sample"`; the score is one fp32 row computed beside SDPA instead of
+eager attention; the selection is made once, at prefill (the cached form of the code).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class FastV(Pruner):
     paper_layer: ClassVar[int] = 2
     min_layer: ClassVar[int] = 1
 
-    query: str = param("last", "whose attention counts: 'last' prompt token (code), 'all_text' tokens or 'all' (paper text)")
+    query: str = param(
+        "last", "whose attention counts: 'last' prompt token (code), 'all_text' tokens or 'all' (paper text)"
+    )
 
     def __post_init__(self) -> None:
         """Validate the fields."""

@@ -1,8 +1,10 @@
-"""Uniform pruning: an even stride over the visual tokens, the spatial baseline of HiRED and FEATHER in exact-count form.
+"""Uniform pruning: an even stride over the visual tokens, the spatial baseline of HiRED and FEATHER in exact-count
+form.
 
 `mode="1d"`: of the V tokens of an image in raster order keep those at floor((i + 0.5) * V / n), i = 0..n-1.
-`mode="2d"`: rows floor((i + 0.5) * h / gh) and columns alike with gh = round(sqrt(n * h / w)), gw = floor(n / gh); this keeps
-gh * gw <= n tokens, and `exact_budget` fills up with the 1-D picks among the unused. Both forms are our own choice.
+`mode="2d"`: rows floor((i + 0.5) * h / gh) and columns alike with gh = round(sqrt(n * h / w)), gw = floor(n / gh);
+this keeps gh * gw <= n tokens, and `exact_budget` fills up with the 1-D picks among the unused. Both forms are our
+own choice.
 """
 
 from __future__ import annotations

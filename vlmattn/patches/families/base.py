@@ -24,8 +24,8 @@ class Family:
         model_type: the config's `model_type`, the key of the registry.
         model_class: the transformers class to wrap.
         paper: arXiv id.
-        multimodal, text_model, layers, vision_tower, projector: attribute paths from the wrapped model; `layers` from the text
-            model.
+        multimodal, text_model, layers, vision_tower, projector: attribute paths from the wrapped model; `layers` from
+            the text model.
         placeholder_ids: config attributes that hold the ids of visual placeholder tokens.
         feature_methods: methods of the multimodal model that run the vision tower, to the split of their arguments into
             one pixel tensor per image.
@@ -34,7 +34,8 @@ class Family:
         deepstack: whether visual features are added again inside the decoder.
         grid_rule: how the visual tokens of an image lie, in words.
         tokens_per_image: from the config, the number of visual tokens where it is the same for all images, else None.
-        grid: `(config, number of tokens, (3, tokens) M-RoPE positions or None)` of one image to its `(t, h, w)`, if known.
+        grid: `(config, number of tokens, (3, tokens) M-RoPE positions or None)` of one image to its `(t, h, w)`, if
+            known.
         geometry: `(image_processor, (width, height), grid)` to a `Geometry`.
         input_grids: `(config, processor outputs)` to the grids of all images of a batch.
     """

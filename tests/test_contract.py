@@ -1,0 +1,264 @@
+"""The runtime contract of pruning, oracles O1 to O10, for every registered pruner on every family.
+
+O1 no-op, O2 removal equals masking, O3 selection, O4 counts, O5 cache lengths, O6 generation without cache, O7 batch
+equals single, O8 undo, O9 eager and SDPA agree, O10 text passes through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import oracle
+import pytest
+import tiny
+import torch
+
+import vlmattn
+from vlmattn import budget, spec
+from vlmattn.methods.base import Pruner
+
+STEPS = 6
+PRUNERS = [name for name, info in spec.registry().items() if issubclass(info.cls, Pruner)]
+FAMILIES = sorted(tiny.MODELS)
+ATTENTION = ["sdpa", "eager"]
+BATCH = ["single", "padded"]
+
+
+def cases() -> list[str]:
+    """Every pruner before its first possible layer and before layer 2."""
+    found = []
+    for name in PRUNERS:
+        cls = spec.registry()[name].cls
+        assert issubclass(cls, Pruner)
+        found += [f"{name}(keep=0.5, before_layer={layer})" for layer in sorted({cls.min_layer, 2})]
+    return found
+
+
+SPECS = [
+    *cases(),
+    "fastv(keep=0.3, before_layer=2, query=all_text)",
+    "fastv(keep=5, before_layer=1, query=all)",
+    "uniform(keep=0.5, before_layer=0, mode='2d', exact_budget=True)",
+    "random(keep=0.7, before_layer=0) + fastv(keep=0.5, before_layer=2)",
+    "fastv(keep=0.6, before_layer=1) + random(keep=0.5, before_layer=3)",
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+_MODELS: dict[tuple[str, str], Any] = {}
+
+
+def model_of(family: str, attention: str) -> Any:
+    key = (family, attention)
+    if key not in _MODELS:
+        _MODELS[key] = tiny.MODELS[family](attention=attention)
+    return _MODELS[key]
+
+
+def batch_of(family: str, shape: str) -> dict[str, torch.Tensor]:
+    batch = tiny.prompts(family)
+    return tiny.single(batch, 1) if shape == "single" else batch
+
+
+def full_keep(text: str) -> list[Any]:
+    """The same methods told to keep everything."""
+    return [dataclasses.replace(method, keep=1.0) for method in spec.parse(text)]
+
+
+def expected_counts(text: str, visual: int) -> list[int]:
+    """Visual tokens per layer that the budgets promise, from the vocabulary's rounding alone."""
+    counts, left = [], visual
+    schedule = {method.resolve_layer(tiny.LAYERS): method.keep for method in spec.parse(text)}
+    for layer in range(tiny.LAYERS):
+        left = budget.count(left, schedule[layer]) if layer in schedule else left
+        counts.append(left)
+    return counts
+
+
+def generate(model: Any, batch: dict[str, torch.Tensor], steps: int = STEPS, **options: Any) -> Any:
+    return model.generate(
+        **batch, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True, **options
+    )
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+both = pytest.mark.parametrize("attention", ATTENTION)
+shapes = pytest.mark.parametrize("shape", BATCH)
+families = pytest.mark.parametrize("family", FAMILIES)
+specs = pytest.mark.parametrize("text", SPECS)
+
+
+@families
+@both
+@shapes
+@specs
+def test_o1_keeping_everything_is_bit_identical(family, attention, shape, text):
+    model, batch = model_of(family, attention), batch_of(family, shape)
+    logits, tokens = model(**batch).logits, generate(model, batch).sequences
+    with vlmattn.wrap(model, full_keep(text)):
+        assert torch.equal(model(**batch).logits, logits)
+        assert torch.equal(generate(model, batch).sequences, tokens)
+    assert torch.equal(model(**batch).logits, logits)
+
+
+@families
+@both
+@shapes
+@pytest.mark.parametrize("text", [text for text in SPECS if "+" not in text])
+def test_o2_removal_equals_masking(family, attention, shape, text):
+    """One stage at a time; the generation oracle (O6) covers compositions."""
+    model, batch = model_of(family, attention), batch_of(family, shape)
+    with vlmattn.wrap(model, text) as session:
+        pruned = model(**batch).logits
+        report = session.report()
+    masked = oracle.masked_forward(model, batch, report.stages[0].before_layer, report.positions)
+    for row, columns in enumerate(report.positions):
+        assert gap(pruned[row, -len(columns) :], masked[row, columns]) < 1e-4
+
+
+@families
+@both
+@specs
+def test_o4_counts_and_order(family, attention, text):
+    model, batch = model_of(family, attention), batch_of(family, "padded")
+    with vlmattn.wrap(model, text) as session:
+        model(**batch)
+        report = session.report()
+    visual = batch["input_ids"] == tiny.IMAGE
+    assert report.visual_tokens == visual.sum(1).tolist()
+    for row, counts in enumerate(report.visual_per_layer):
+        assert counts == expected_counts(text, int(visual[row].sum()))
+        text_columns = (batch["attention_mask"][row].bool() & ~visual[row]).nonzero()[:, 0].tolist()
+        assert set(text_columns) <= set(report.positions[row])
+        assert report.positions[row] == sorted(set(report.positions[row]))
+
+
+@families
+@both
+@shapes
+@specs
+def test_o5_cache_lengths(family, attention, shape, text):
+    model, batch = model_of(family, attention), batch_of(family, shape)
+    with vlmattn.wrap(model, text) as session:
+        cache = model(**batch, use_cache=True).past_key_values
+        report = session.report()
+        after = generate(model, batch).past_key_values
+    rows = range(len(report.visual_tokens))
+    slots = [
+        max(report.prompt_tokens[r] - report.visual_tokens[r] + report.visual_per_layer[r][layer] for r in rows)
+        if report.visual_per_layer[0][layer] < report.visual_tokens[0]
+        else batch["input_ids"].shape[1]
+        for layer in range(tiny.LAYERS)
+    ]
+    assert [layer.keys.shape[-2] for layer in cache.layers] == slots
+    assert [layer.keys.shape[-2] for layer in after.layers] == [n + STEPS - 1 for n in slots]
+    if shape == "single":
+        measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert measured == report.kv_bytes
+
+
+@families
+@both
+@shapes
+@specs
+def test_o6_generation_equals_recomputation_without_cache(family, attention, shape, text):
+    model, batch = model_of(family, attention), batch_of(family, shape)
+    prompts = oracle.read_prompts(model, batch, tiny.IMAGE)
+    with vlmattn.wrap(model, text) as session:
+        out = generate(model, batch)
+        report = session.report()
+    for row, prompt in enumerate(prompts):
+        start = prompt.visual.tolist().index(True)
+        stages = {}
+        for stage in report.stages:
+            kept = {start + i for i in stage.kept[row][0]}
+            stages[stage.before_layer] = [c for c, v in enumerate(prompt.visual.tolist()) if not v or c in kept]
+        expected = oracle.generate(model, prompt, stages, STEPS)
+        assert out.sequences[row, -STEPS:].tolist() == expected.tokens
+        assert max(gap(step[row], want) for step, want in zip(out.logits, expected.logits, strict=True)) < 1e-4
+
+
+@families
+@both
+@specs
+def test_o7_a_batch_equals_its_rows(family, attention, text):
+    model, batch = model_of(family, attention), batch_of(family, "padded")
+    with vlmattn.wrap(model, text) as session:
+        together, report = generate(model, batch), session.report()
+        for row in range(2):
+            alone = generate(model, tiny.single(batch, row))
+            own = session.report()
+            assert [stage.kept[0] for stage in own.stages] == [stage.kept[row] for stage in report.stages]
+            assert max(gap(a[row], b[0]) for a, b in zip(together.logits, alone.logits, strict=True)) < 1e-4
+
+
+@families
+@specs
+def test_o9_eager_and_sdpa_keep_the_same_tokens(family, text):
+    kept = []
+    for attention in ATTENTION:
+        model = model_of(family, attention)
+        with vlmattn.wrap(model, text) as session:
+            model(**batch_of(family, "padded"))
+            kept.append([stage.kept for stage in session.report().stages])
+    assert kept[0] == kept[1]
+
+
+@families
+@both
+@specs
+def test_o10_text_only_prompts_pass_through(family, attention, text):
+    model, batch = model_of(family, attention), tiny.prompts(family, images=(0, 0))
+    logits, tokens = model(**batch).logits, generate(model, batch).sequences
+    with vlmattn.wrap(model, text) as session:
+        assert torch.equal(model(**batch).logits, logits)
+        assert torch.equal(generate(model, batch).sequences, tokens)
+        with pytest.raises(vlmattn.VlmattnError, match="no prompt with an image"):
+            session.report()
+
+
+@families
+@both
+def test_o3_fastv_ranks_by_the_last_row(family, attention):
+    """Against the probabilities of the oracle's own softmax; ties to the lower index."""
+    model, batch = model_of(family, attention), batch_of(family, "padded")
+    prompts = oracle.read_prompts(model, batch, tiny.IMAGE)
+    for layer in (1, 2, 3):
+        with vlmattn.wrap(model, f"fastv(keep=0.4, before_layer={layer})") as session:
+            model(**batch)
+            kept = session.report().stages[0].kept
+        for row, prompt in enumerate(prompts):
+            probabilities: list[torch.Tensor] = []
+
+            def look(p: torch.Tensor, present: list[int], seen: list[torch.Tensor] = probabilities) -> list[int]:
+                seen.append(p)
+                return present
+
+            oracle.generate(model, prompt, {layer: look}, 1)
+            score = probabilities[0][:, -1].mean(0)
+            assert score.sum().item() == pytest.approx(1.0, abs=1e-5)
+            score = score[prompt.visual].tolist()
+            best = sorted(range(len(score)), key=lambda i: (-score[i], i))[: budget.count(len(score), 0.4)]
+            assert kept[row][0] == sorted(best)
+
+
+@families
+def test_fastv_budgets_are_nested(family):
+    """Prefix property: what a smaller budget keeps, a larger one keeps too."""
+    model, batch, previous = model_of(family, "sdpa"), batch_of(family, "padded"), None
+    for keep in (0.2, 0.4, 0.6, 0.8):
+        with vlmattn.wrap(model, f"fastv(keep={keep}, before_layer=2)") as session:
+            model(**batch)
+            kept = [set(row[0]) for row in session.report().stages[0].kept]
+        if previous is not None:
+            assert all(small <= large for small, large in zip(previous, kept, strict=True))
+        previous = kept
