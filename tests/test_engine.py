@@ -179,6 +179,82 @@ def test_generations_may_interleave(model, family):
     assert together == apart
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_unequal_rows_without_padding(attention):
+    """Rows of equal length with 16 and 24 visual tokens: the model's own mask may be None, ours must not."""
+    model, batch = tiny.qwen2_5_vl(attention=attention), tiny.prompts("qwen2_5_vl")
+    ids = batch["input_ids"]
+    filler = torch.randint(3, 80, (1, 6))
+    batch["input_ids"] = torch.cat([torch.cat([ids[:1, 6:], filler], 1), ids[1:]])
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    batch["mm_token_type_ids"] = (batch["input_ids"] == tiny.IMAGE).long()
+    for text in [*PRUNE[:2], BOTH_ENDS]:
+        with vlmattn.wrap(model, text) as session:
+            together = tokens(model, batch)
+            assert len(set(map(len, session.report().positions))) == 2
+            assert torch.equal(together, torch.cat([tokens(model, tiny.single(batch, row)) for row in (0, 1)]))
+
+
+def test_rows_of_a_cache_carry_their_plan(family, model, batch):
+    """Selecting, repeating and copying caches, as continuous batching and prompt reuse do."""
+    step = torch.tensor([[7], [8]])
+
+    def forward(cache: Any, rows: list[int]) -> torch.Tensor:
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 1).long()], 1)[rows]
+        place = torch.tensor([[50], [60]])[rows]
+        return model(
+            input_ids=step[rows],
+            attention_mask=mask,
+            position_ids=place if family == "llava" else place.expand(3, -1, -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+
+    with vlmattn.wrap(model, BOTH_ENDS):
+        cache = model(**batch, use_cache=True).past_key_values
+        copies = [copy.deepcopy(cache) for _ in range(4)]
+        expected = forward(copies[0], [0, 1])
+        copies[1].batch_select_indices(torch.tensor([1]))
+        assert torch.allclose(forward(copies[1], [1]), expected[1:], atol=1e-5)
+        copies[2].batch_repeat_interleave(2)
+        assert torch.allclose(forward(copies[2], [0, 0, 1, 1]), expected.repeat_interleave(2, 0), atol=1e-5)
+        copies[3].reorder_cache(torch.tensor([1, 0]))
+        assert torch.allclose(forward(copies[3], [1, 0]), expected.flip(0), atol=1e-5)
+        assert torch.allclose(forward(cache, [0, 1]), expected, atol=1e-5)
+
+
+def test_pruned_layers_get_no_position_ids(model, batch):
+    """Gapped position ids would make flash attention at batch 1 believe in packed sequences."""
+    seen: dict[int, Any] = {}
+    with vlmattn.wrap(model, "uniform(keep=4, before_layer=2)"):
+        for index, layer in enumerate(model.model.language_model.layers):
+
+            def look(module: Any, args: Any, kwargs: Any, index: int = index) -> None:
+                seen[index] = kwargs["position_ids"]
+
+            layer.register_forward_pre_hook(look, with_kwargs=True)
+        model(**tiny.single(batch, 0))
+    assert seen[2] is None and seen[3] is None
+
+
+def test_without_an_attention_mask(model, family, batch):
+    one = tiny.single(batch, 1)
+    with vlmattn.wrap(model, BOTH_ENDS):
+        expected = tokens(model, one)
+        del one["attention_mask"]
+        assert torch.equal(tokens(model, one), expected)
+
+
+def test_a_reused_cache_forgets_the_old_prompt(model, family):
+    first, second = (tiny.single(tiny.prompts(family, seed=s), 0) for s in (1, 2))
+    with vlmattn.wrap(model, BOTH_ENDS):
+        expected = tokens(model, second)
+        cache = DynamicCache(config=model.config.get_text_config())
+        tokens(model, first, past_key_values=cache)
+        cache.reset()
+        assert torch.equal(tokens(model, second, past_key_values=cache), expected)
+
+
 def test_forward_without_cache_equals_with_cache(model, batch):
     with vlmattn.wrap(model, BOTH_ENDS):
         with_cache = model(**batch, use_cache=True).logits
@@ -398,6 +474,33 @@ def test_half_precision_runs(model, batch):
         assert session.report().kv_bytes_full == sum(session.report().prompt_tokens) * 4 * 2 * 2 * 16 * (
             model.config.get_text_config().num_key_value_heads
         )
+
+
+def test_mixed_dtypes_run(model, family, batch):
+    """A bfloat16 decoder behind a float32 tower, as some checkpoints are loaded."""
+    model.model.language_model.to(torch.bfloat16)
+    model.lm_head.to(torch.bfloat16)
+    plain = tokens(model, batch)
+    with vlmattn.wrap(model, "fastv(keep=1.0)"):
+        assert torch.equal(tokens(model, batch), plain)
+    with vlmattn.wrap(model, BOTH_ENDS) as session:
+        assert tokens(model, batch).shape == plain.shape
+        assert session.report().kv_bytes_full == sum(session.report().prompt_tokens) * 4 * 2 * 2 * 16 * (
+            model.config.get_text_config().num_key_value_heads
+        )
+
+
+def test_fastv_in_bfloat16_keeps_nearly_the_same_tokens(model, batch):
+    """Exact equality needs float32; half precision is compared by overlap."""
+    kept = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        with vlmattn.wrap(model, "fastv(keep=0.5, before_layer=1)") as session:
+            model(**cast)
+            kept.append([set(image) for row in session.report().stages[0].kept for image in row])
+    overlap = sum(len(a & b) for a, b in zip(*kept, strict=True)) / sum(map(len, kept[0]))
+    assert overlap >= 0.75
 
 
 # Refusals

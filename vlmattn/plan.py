@@ -8,6 +8,7 @@ mask and rotary tables cover, which is shorter when pruning happened at the entr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,11 @@ class Stage:
         """The stage without its last `n` slots."""
         valid = None if self.valid is None else self.valid[:, :-n]
         return Stage(self.layer, self.method, self.positions[:, :-n], self.base[:, :-n], valid)
+
+    def rows(self, index: Tensor) -> Stage:
+        """The stage of some rows of the batch."""
+        valid = None if self.valid is None else self.valid[index]
+        return Stage(self.layer, self.method, self.positions[index], self.base[index], valid)
 
     def to(self, device: torch.device) -> Stage:
         """The same stage on another device (models split over several)."""
@@ -102,6 +108,22 @@ class Plan:
             end, self.ahead = -self.ahead, 0
             self.real, self.visual, self.image = self.real[:, :end], self.visual[:, :end], self.image[:, :end]
             self.stages = [stage.without_last(-end) for stage in self.stages]
+
+    def rows(self, index: Tensor) -> Plan:
+        """The plan of samples `index` `(n,)` long, in that order; self if the order is the old one."""
+        index = index.to(self.visual.device)
+        order = index.tolist()
+        if order == list(range(self.visual.shape[0])):
+            return self
+        return dataclasses.replace(
+            self,
+            real=self.real[index],
+            visual=self.visual[index],
+            image=self.image[index],
+            spans=[self.spans[row] for row in order],
+            stages=[stage.rows(index) for stage in self.stages],
+            keys=None if self.keys is None else tuple(self.keys[row] for row in order),
+        )
 
     def stage(self, layer: int) -> Stage | None:
         """The stage that rules decoder layer `layer`, or None if the layer holds the whole prompt."""

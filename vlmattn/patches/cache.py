@@ -1,20 +1,46 @@
 """Ragged caches: where the plan lives, and a first layer that is shorter than `generate()` must believe.
 
-A `DynamicCache` takes layers of different length as it is. Only after pruning at the entry of the text model the
-first layer is short as well; `generate()` reads that layer's length for positions and for slicing a second turn, so
-outside the text model it must report the logical length, and inside the physical one (the mask is sized by it).
+A `DynamicCache` takes layers of different length as it is. Only after pruning at the entry of the text model the first
+layer is short as well; `generate()` reads that layer's length for positions and for slicing a second turn, so outside the
+text model it must report the logical length, and inside the physical one (the mask is sized by it).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vlmattn.errors import CallError
 from vlmattn.plan import Plan
 
-PLAN = "_vlmattn_plan"
+
+class PlannedCache(DynamicCache):
+    """A `DynamicCache` with a plan: whatever selects or repeats its rows does the same to the plan's.
+
+    Attributes:
+        plan: what happened to the prompt's visual tokens.
+    """
+
+    plan: Plan
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows `beam_idx` of the cache and of the plan."""
+        super().reorder_cache(beam_idx)
+        self.plan = self.plan.rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Rows `indices` of the cache and of the plan."""
+        super().batch_select_indices(indices)
+        self.plan = self.plan.rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, in the cache and in the plan."""
+        super().batch_repeat_interleave(repeats)
+        rows = torch.arange(self.plan.visual.shape[0], device=self.plan.visual.device)
+        self.plan = self.plan.rows(rows.repeat_interleave(repeats))
 
 
 class LogicalDynamicLayer(DynamicLayer):
@@ -49,12 +75,7 @@ class LogicalDynamicLayer(DynamicLayer):
 
 def plan_of(cache: Any) -> Plan | None:
     """The plan of a cache, or None."""
-    return getattr(cache, PLAN, None)
-
-
-def attach(cache: Any, plan: Plan) -> None:
-    """Put the plan on the cache object."""
-    setattr(cache, PLAN, plan)
+    return cache.plan if isinstance(cache, PlannedCache) else None
 
 
 def is_empty(cache: Any) -> bool:
@@ -62,23 +83,25 @@ def is_empty(cache: Any) -> bool:
     return int(cache.get_seq_length()) == 0
 
 
-def check_prunable(cache: Any) -> None:
-    """Refuse caches whose layers cannot have their own length.
+def adopt(cache: Any, plan: Plan) -> None:
+    """Put the plan on the cache object, which becomes a `PlannedCache` by that.
 
     Raises:
-        CallError: a static, quantised, offloaded or sliding-window cache.
+        CallError: a static, quantised, offloaded or sliding-window cache, whose layers cannot have a length of their own.
     """
-    kinds = {type(layer) for layer in cache.layers} or {DynamicLayer}
-    layer_class = getattr(cache, "layer_class_to_replicate", None)
-    if not cache.layers and layer_class is not None:
-        kinds = {layer_class}
+    kinds = {type(layer) for layer in cache.layers}
+    if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is not None:
+        kinds = {cache.layer_class_to_replicate}
     odd = sorted(kind.__name__ for kind in kinds if kind not in (DynamicLayer, LogicalDynamicLayer))
-    if odd or getattr(cache, "offloading", False):
-        what = ", ".join(odd) or "offloaded layers"
+    if type(cache) not in (DynamicCache, PlannedCache) or getattr(cache, "offloading", False):
+        odd.append(type(cache).__name__)
+    if odd:
         raise CallError(
-            f"pruning needs a plain DynamicCache, this one has {what}: leave cache_implementation unset, "
+            f"pruning needs a plain DynamicCache, this one is made of {', '.join(odd)}: leave cache_implementation unset, "
             "or use a model without sliding-window layers"
         )
+    cache.__class__ = PlannedCache
+    cache.plan = plan
 
 
 def set_dropped(cache: Any, dropped: int) -> None:

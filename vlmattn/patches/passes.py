@@ -264,14 +264,13 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
         return live, arguments
     cache = _cache_for(engine, arguments)
     if cache is not None:
-        caches.check_prunable(cache)
         if not caches.is_empty(cache):
             raise CallError(
                 "an image arrived while the cache already holds a conversation: pruning needs the images in the first "
                 "prefill; start with a fresh cache and pass the whole conversation"
             )
+        caches.adopt(cache, plan)
         arguments["past_key_values"] = cache
-        caches.attach(cache, plan)
     _check_mask(arguments.get("attention_mask"))
     entry = engine.schedule.get(0)
     chosen = None if entry is None else choose(entry, 0, arguments["inputs_embeds"], plan)
