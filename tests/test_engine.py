@@ -587,7 +587,7 @@ def test_sliding_windows_are_refused():
         ["full_attention", "full_attention", "sliding_attention", "full_attention"],
     )
     model.model.language_model.has_sliding_layers = True
-    with vlmattn.wrap(model, "fastv(keep=0.5)"), refused("sliding"):
+    with vlmattn.wrap(model, "fastv(keep=0.5)"), refused("Sliding"):
         model.generate(**tiny.prompts("qwen2_5_vl"), max_new_tokens=2)
 
 

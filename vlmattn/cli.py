@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from vlmattn.errors import DataError, VlmattnError
+from vlmattn.errors import DataError, UnknownMethodError, VlmattnError, nearest
 
 if TYPE_CHECKING:
     from vlmattn.eval.runner import Progress
@@ -143,7 +143,7 @@ def run(
     from vlmattn.eval import models, runner, single
 
     specs = runner.split_specs(f"none; {methods}")
-    name = model or _embedded()
+    name = models.check_name(model or _embedded())
     picture, asked = single.picture(image, question)
     console = _console()
     with models.quiet(not verbose):
@@ -191,7 +191,7 @@ def evaluate(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="bare, or single_word (asks for a single word or phrase). Default: bare, with --data single_word."
+            help="bare or single_word (asks for one word or phrase). Default: bare if embedded, else single_word."
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -214,7 +214,7 @@ def evaluate(
 
     name = model or _embedded()
     specs = runner.split_specs(methods)
-    embedded = models.is_embedded(name)
+    embedded = models.is_embedded(models.check_name(name))
     tokens = max_new_tokens if max_new_tokens is not None else 16 if embedded else 128
     settings = runner.Settings(limit, batch_size, tokens, seed, retry_failed, runner.command_line())
     folder = out or Path("runs") / f"{bench}-{name.strip('/').replace('/', '-')}"
@@ -232,13 +232,24 @@ def evaluate(
 
 
 @app.command()
-def methods(as_json: JsonOption = False) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Only this one, with a line about every parameter.")] = None,
+    as_json: JsonOption = False,
+) -> None:
     """What can be installed on a model, with parameters and defaults."""
     import vlmattn
 
     found = vlmattn.methods_info()
+    if name is not None:
+        known = [entry["name"] for entry in found]
+        if name not in known:
+            raise UnknownMethodError(f"there is no method {name!r}; {nearest(name, known)}")
+        found = [entry for entry in found if entry["name"] == name]
     if as_json:
         _print_json(found)
+        return
+    if name is not None:
+        _print_method(found[0])
         return
     view = _table("methods", ("name", "kind", "paper", "what it does", "parameters"))
     for entry in found:
@@ -246,8 +257,7 @@ def methods(as_json: JsonOption = False) -> None:
         view.add_row(entry["name"], entry["kind"], entry["paper"] or "-", entry.get("summary", ""), fields)
     _console().print(view)
     _console().print(
-        'Use: vlmattn run scene:3 --methods "fastv(keep=0.5)"   (papers are arXiv ids; a None '
-        "layer is the paper's, scaled to the model)"
+        'Use: vlmattn run scene:3 --methods "fastv(keep=0.5)". In full: vlmattn methods fastv. Papers are arXiv ids.'
     )
 
 
@@ -295,6 +305,17 @@ def _table(title: str, head: Sequence[str]) -> Any:
     for number, name in enumerate(head):
         view.add_column(name, no_wrap=number == 0, overflow="fold")
     return view
+
+
+def _print_method(entry: dict[str, Any]) -> None:
+    paper = f" (arXiv {entry['paper']})" if entry["paper"] else ""
+    console = _console()
+    console.print(f"[bold]{escape(entry['name'])}[/]: {escape(entry['title'])}{paper}", highlight=False)
+    console.print(escape(entry["summary"]), highlight=False)
+    view = _table("", ("parameter", "default", "meaning"))
+    for field in entry["fields"]:
+        view.add_row(field["name"], escape(str(field["default"])), escape(field["help"]))
+    console.print(view)
 
 
 def _print_json(value: Any) -> None:

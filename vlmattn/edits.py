@@ -42,3 +42,68 @@ class Keep:
         allowed = counts.gather(1, sorted_group.clamp_min(0))
         stays = (rank < allowed) & (sorted_group >= 0)
         return cls(torch.zeros_like(stays).scatter(1, order, stays))
+
+
+TEXT, TEXT_SINK, VISUAL, VISUAL_SINK = range(4)
+GROUPS = ("text", "text sink", "visual", "visual sink")
+NOT_A_KEY = 255
+"""Tag of padding, dropped and unwritten slots."""
+
+
+@dataclass(frozen=True)
+class Tags:
+    """The group of every key of one layer.
+
+    Attributes:
+        tag: `(B, S)` uint8, an index into `GROUPS`, or `NOT_A_KEY`.
+        active: `(B,)` bool, samples in which the edit of this layer acts.
+        acts: whether there is any such sample, known on the host so that later steps need not look.
+    """
+
+    tag: Tensor
+    active: Tensor
+    acts: bool = False
+
+    def without_last(self, n: int) -> Tags:
+        """The groups without the last `n` keys."""
+        return Tags(self.tag[:, :-n], self.active, self.acts)
+
+    def rows(self, index: Tensor) -> Tags:
+        """The groups of some rows of the batch, `index` `(n,)` long."""
+        index = index.to(self.tag.device)
+        return Tags(self.tag[index], self.active[index], self.acts)
+
+
+@dataclass(frozen=True)
+class AttnEdit:
+    """A declarative change of attention in some rows of one layer. Order: scores, softmax, masses, mass edit, head
+    gain.
+
+    Attributes:
+        scale: per group a factor of the scores (before the softmax), or None.
+        logit_strength: visual scores `s` become `s + logit_strength * |s|`.
+        bias: `(B, S)` fp32 added to the scores, or None.
+        take: per group the share of its mass that is taken away, or None.
+        give: the group that receives what was taken, in proportion to its keys' attention.
+        min_visual: the mass edit acts only where the visual groups together have at least this mass, ...
+        min_share: ... and where `give` has at least this share of the visual mass.
+        coefficient: per group a factor of the probabilities, or None.
+        renormalise: whether rows sum to 1 again after `coefficient`.
+        rows: which prompt rows: `text` (all text rows after the first image) or `last`; generated tokens always.
+    """
+
+    scale: tuple[float, ...] | None = None
+    logit_strength: float = 0.0
+    bias: Tensor | None = None
+    take: tuple[float, ...] | None = None
+    give: int = VISUAL
+    min_visual: float = 0.0
+    min_share: float = 0.0
+    coefficient: tuple[float, ...] | None = None
+    renormalise: bool = False
+    rows: str = "text"
+
+    @property
+    def maps_scores(self) -> bool:
+        """Whether probabilities change before any mass is known."""
+        return self.scale is not None or self.logit_strength != 0.0 or self.bias is not None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vlmattn.edits import Tags
 from vlmattn.spans import Span
 
 
@@ -70,7 +71,13 @@ class Plan:
         spans: per sample the spans of its images.
         ahead: guessed tokens behind the prompt that went through the prefill with it; `settle` forgets them.
         stages: in order of layer.
+        text: `(B, N)` bool, what a prompt without its images consists of: real tokens that are neither visual nor
+            wrap an image.
         keys: per sample and image the content keys, if a method needs them.
+        tags: per edited layer the groups of the keys it holds of the prompt.
+        gains: per reinforced layer the factors of its heads, `(B, H)`; divergences: the statistic they were chosen by.
+        samples: rows of the caller; the plan has twice as many while a text-only stream runs beside.
+        steps: per pass, per layer the statistics `(rows, H, 4)` of the last row, if recorded.
         scores: attention received per layer (layers that a later stage asked for), `(B, slots)` fp32.
     """
 
@@ -80,8 +87,14 @@ class Plan:
     spans: Sequence[Sequence[Span]]
     ahead: int = 0
     stages: list[Stage] = field(default_factory=list)
+    text: Tensor | None = None
     keys: tuple[tuple[int, ...], ...] | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
+    tags: dict[int, Tags] = field(default_factory=dict)
+    gains: dict[int, Tensor] = field(default_factory=dict)
+    divergences: dict[int, Tensor] = field(default_factory=dict)
+    samples: int = 0
+    steps: list[dict[int, Tensor]] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -108,20 +121,26 @@ class Plan:
             end, self.ahead = -self.ahead, 0
             self.real, self.visual, self.image = self.real[:, :end], self.visual[:, :end], self.image[:, :end]
             self.stages = [stage.without_last(-end) for stage in self.stages]
+            self.tags = {layer: tags.without_last(-end) for layer, tags in self.tags.items()}
 
     def rows(self, index: Tensor) -> Plan:
-        """The plan of samples `index` `(n,)` long, in that order; self if the order is the old one."""
+        """The plan of rows `index` `(n,)` long, in that order; self if the order is the old one."""
         index = index.to(self.visual.device)
         order = index.tolist()
         if order == list(range(self.visual.shape[0])):
             return self
         return dataclasses.replace(
             self,
+            samples=len(order),
             real=self.real[index],
             visual=self.visual[index],
             image=self.image[index],
             spans=[self.spans[row] for row in order],
+            text=None if self.text is None else self.text[index],
             stages=[stage.rows(index) for stage in self.stages],
+            tags={layer: tags.rows(index) for layer, tags in self.tags.items()},
+            gains={layer: gain[_on(index, gain)] for layer, gain in self.gains.items()},
+            divergences={layer: vhd[_on(index, vhd)] for layer, vhd in self.divergences.items()},
             keys=None if self.keys is None else tuple(self.keys[row] for row in order),
         )
 
@@ -129,6 +148,10 @@ class Plan:
         """The stage that rules decoder layer `layer`, or None if the layer holds the whole prompt."""
         ruling = [stage for stage in self.stages if stage.layer <= layer]
         return ruling[-1] if ruling else None
+
+
+def _on(index: Tensor, like: Tensor) -> Tensor:
+    return index.to(like.device)
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -43,6 +43,8 @@ class Report:
         stages: pruning stages in order of layer.
         positions: per sample the prompt columns (padding counted) that the last layer held; logits of a bare forward
             are right-aligned to these.
+        visual_mass: per layer the share of the last prompt token's attention that falls on visual tokens, mean over
+            heads and samples; None unless the session records.
     """
 
     spec: str
@@ -57,6 +59,7 @@ class Report:
     prefill_macs_full: int
     stages: list[StageReport]
     positions: list[list[int]]
+    visual_mass: list[float] | None = None
 
     @property
     def average_visual_tokens(self) -> float:
@@ -92,6 +95,9 @@ class Report:
             f"  prefill MACs (decoder)   {self.prefill_macs:.4g} of {self.prefill_macs_full:.4g} "
             f"(theoretical speed-up {self.speedup:.2f}x)"
         )
+        if self.visual_mass is not None:
+            shown = " ".join(f"{mass:.2f}" for mass in self.visual_mass)
+            lines.append(f"  visual attention by layer {shown}")
         return "\n".join(lines)
 
 

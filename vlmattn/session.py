@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +13,12 @@ from torch import nn
 
 from vlmattn import report as reports
 from vlmattn import spec as specs
-from vlmattn.errors import AlreadyWrappedError, CallError
+from vlmattn.errors import AlreadyWrappedError, CallError, SpecError
+from vlmattn.kernels.dispatch import BACKENDS
 from vlmattn.methods.base import Method
 from vlmattn.patches import families as family_registry
 from vlmattn.patches.engine import Engine
+from vlmattn.patches.stats import Statistic, collect
 from vlmattn.report import Report
 from vlmattn.spans import Geometry
 
@@ -98,7 +102,58 @@ class Session:
         if plan is None:
             raise CallError("nothing to report: no prompt with an image has gone through this session yet")
         dtype = next(self._engine.text_model.parameters()).dtype
-        return reports.build(plan, self.spec, self._engine.family.name, self._engine.dims, dtype.itemsize)
+        report = reports.build(plan, self.spec, self._engine.family.name, self._engine.dims, dtype.itemsize)
+        if not plan.steps:
+            return report
+        mass = collect(plan, self._engine.dims.num_layers)["visual_mass"].mean("sample", "head")
+        return dataclasses.replace(report, visual_mass=mass.values[0].tolist())
+
+    def record(self, on: bool = True) -> None:
+        """Start (or stop) keeping statistics of attention, from the next prompt on; see `stats`.
+
+        One row a step is measured beside the model's own attention; outputs stay bit for bit the same.
+        """
+        self._alive()
+        self._engine.configure(self.methods, record=on)
+
+    def use_backend(self, name: str | None) -> None:
+        """Compute attention edits by a named backend: `rows` (fast) or `reference` (naive, for comparison); None: the
+        fastest.
+
+        Raises:
+            SpecError: there is no such backend.
+        """
+        self._alive()
+        if name is not None and name not in BACKENDS:
+            raise SpecError(f"unknown attention backend {name!r}: expected one of {', '.join(BACKENDS)}")
+        self._engine.configure(self.methods, backend=name or "rows")
+
+    @contextmanager
+    def prompt(self, length: int) -> Iterator[None]:
+        """Inside, only the first `length` columns of a forward pass count as the prompt.
+
+        A bare `model(input_ids=prompt + answer)` cannot know where the prompt ends, and methods look at its last
+        token. This says it, so that scoring an answer in one pass gives the logits that generating it step by step
+        gives.
+        """
+        with self._engine.prompt_ends(length):
+            yield
+
+    def stats(self) -> Mapping[str, Statistic]:
+        """What attention did in the last generation with images, by name, each a tensor with named axes.
+
+        After `record()`: `visual_mass`, `sink_mass`, `entropy` (nats) and `max` per step, layer, sample and head.
+        With a
+        method that reinforces heads, recorded or not: `divergence` and `gain` per layer, sample and head.
+
+        Raises:
+            CallError: nothing was recorded.
+        """
+        plan = self._engine.last
+        found = {} if plan is None else collect(plan, self._engine.dims.num_layers)
+        if not found:
+            raise CallError("nothing was recorded: call session.record() before generating with an image")
+        return found
 
     def geometry(self, images: Sequence[Image], inputs: Mapping[str, Any]) -> list[Geometry]:
         """The pixels behind the visual tokens.

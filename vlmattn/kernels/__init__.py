@@ -1,1 +1,1 @@
-"""Attention arithmetic: one call, several implementations. Imports torch and triton only."""
+"""Attention arithmetic: one call, several implementations. Imports torch, triton and the edits (plain data)."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmattn import budget
-from vlmattn.edits import Keep
+from vlmattn.edits import AttnEdit, Keep, Tags
 from vlmattn.errors import LayerError, SpecError
 from vlmattn.spans import Span
 
@@ -72,6 +72,10 @@ class Method(ABC):
     def is_noop(self) -> bool:
         """True if these parameters leave the model exactly as it is, so that nothing need be installed."""
         return False
+
+    def disabled(self) -> Method:
+        """The same method with its strength at the value that changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__} must implement disabled()")
 
     def __str__(self) -> str:
         shown = [
@@ -162,6 +166,10 @@ class Pruner(Method):
         """True for `keep=1.0`."""
         return isinstance(self.keep, float) and self.keep == 1.0
 
+    def disabled(self) -> Pruner:
+        """The same pruner with `keep=1.0`."""
+        return dataclasses.replace(self, keep=1.0)
+
     def resolve_layer(self, num_layers: int) -> int:
         """The decoder layer to prune before, in a model of `num_layers` layers.
 
@@ -195,3 +203,63 @@ class Pruner(Method):
             group, present = view.image, view.counts
         kept = [[budget.count(n, self.keep) if n else 0 for n in row] for row in present.tolist()]
         return group, torch.tensor(kept, dtype=torch.long, device=view.image.device)
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What an editor sees of a prompt when it enters a decoder layer, after pruning.
+
+    Attributes:
+        hidden: `(B, S, C)` the layer's input, in the model's dtype.
+        visual: `(B, S)` bool.
+        real: `(B, S)` bool, False at padding.
+        sink_dims: hidden dimensions that carry massive activations in this checkpoint; None if `sink_dims` is not
+            needed.
+    """
+
+    hidden: Tensor
+    visual: Tensor
+    real: Tensor
+    sink_dims: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Editor(Method):
+    """Edits attention in some decoder layers."""
+
+    kind: ClassVar[str] = "attend"
+
+    def layers(self, num_layers: int) -> range:
+        """The decoder layers that are edited."""
+        raise NotImplementedError(f"{type(self).__name__} must implement layers(num_layers)")
+
+    def tags(self, view: LayerView) -> Tags:
+        """Groups of the prompt's keys in one layer, once per prompt; generated tokens are text."""
+        raise NotImplementedError(f"{type(self).__name__} must implement tags(view)")
+
+    def edit(self) -> AttnEdit:
+        """The edit, the same in every layer."""
+        raise NotImplementedError(f"{type(self).__name__} must implement edit()")
+
+
+@dataclass(frozen=True)
+class HeadGain(Method):
+    """Scales the outputs of some heads in some decoder layers, chosen per sample at the last prompt token."""
+
+    kind: ClassVar[str] = "attend"
+
+    def layers(self, num_layers: int) -> list[int]:
+        """The decoder layers whose heads are scaled."""
+        raise NotImplementedError(f"{type(self).__name__} must implement layers(num_layers)")
+
+    def gain(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of the heads.
+
+        Args:
+            image: `(B, H, D)` fp32 head outputs with the image.
+            text: `(B, H, D)` the same without it.
+
+        Returns:
+            `(B, H)` fp32 factors, and `(B, H)` the statistic they were chosen by.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement gain(image, text)")

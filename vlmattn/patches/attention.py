@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,31 +20,35 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmattn.errors import UnsupportedModelError
+from vlmattn.kernels.dispatch import backend
 from vlmattn.kernels.reference import attention_received
+from vlmattn.kernels.rows import Request
 
 PRIVATE = "vlmattn"
-"""Name of the keyword that carries a `Collector` from a layer's pre-hook through the layer to the attention
+"""Name of the keyword that carries `Work` from a layer's pre-hook through the layer to the attention
 function."""
 
 _serial = itertools.count(1)
 _living: dict[int, list[Registration]] = {}
 
 
-class Collector:
-    """Takes the attention that each key of one layer receives and hands it to `put`.
+@dataclass(frozen=True)
+class Work:
+    """What one attention call has to do beside attending.
 
-    Args:
-        put: receives `(B, N)` fp32.
-        rows: `(B, N)` bool query rows.
+    Attributes:
+        score_rows: `(B, N)` bool, query rows whose attention every key's score averages; None: no scores.
+        put_scores: receives the scores, `(B, N)` fp32.
+        request: the edit and the statistics wanted; None: neither.
+        put_statistics: receives the statistics, `(B, H, 4)` fp32.
+        backend: which implementation serves the request; None: the fastest.
     """
 
-    def __init__(self, put: Callable[[Tensor], None], rows: Tensor) -> None:
-        self.put = put
-        self.rows = rows
-
-    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
-        """Score the keys; shapes as in `attention_received`."""
-        self.put(attention_received(query, key, mask, scaling, self.rows))
+    score_rows: Tensor | None = None
+    put_scores: Callable[[Tensor], None] | None = None
+    request: Request | None = None
+    put_statistics: Callable[[Tensor], None] | None = None
+    backend: str | None = None
 
 
 def base_function(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -78,11 +83,20 @@ class Registration:
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        collector = kwargs.pop(PRIVATE, None)
-        if collector is not None:
-            scaling = kwargs.get("scaling")
-            collector(query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        return base_function(self.base, module)(module, query, key, value, attention_mask, **kwargs)
+        work: Work | None = kwargs.pop(PRIVATE, None)
+        out, weights = base_function(self.base, module)(module, query, key, value, attention_mask, **kwargs)
+        if work is None:
+            return out, weights
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if work.put_scores is not None and work.score_rows is not None:
+            work.put_scores(attention_received(query, key, attention_mask, scaling, work.score_rows))
+        if work.request is not None:
+            serve = backend(work.backend)
+            out, statistics = serve(query, key, value, attention_mask, scaling, out, work.request)
+            if work.put_statistics is not None and statistics is not None:
+                work.put_statistics(statistics)
+        return out, weights
 
     def remove(self) -> None:
         """Unregister the name and give the config back what the remaining registrations, if any, want."""

@@ -1,8 +1,8 @@
 """Ragged caches: where the plan lives, and a first layer that is shorter than `generate()` must believe.
 
 A `DynamicCache` takes layers of different length as it is. Only after pruning at the entry of the text model the first
-layer is short as well; `generate()` reads that layer's length for positions and for slicing a second turn, so outside the
-text model it must report the logical length, and inside the physical one (the mask is sized by it).
+layer is short as well; `generate()` reads that layer's length for positions and for slicing a second turn, so outside
+the text model it must report the logical length, and inside the physical one (the mask is sized by it).
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ def is_empty(cache: Any) -> bool:
     return int(cache.get_seq_length()) == 0
 
 
-def adopt(cache: Any, plan: Plan) -> None:
-    """Put the plan on the cache object, which becomes a `PlannedCache` by that.
+def check_plain(cache: Any) -> None:
+    """Refuse caches whose layers cannot have a length of their own.
 
     Raises:
-        CallError: a static, quantised, offloaded or sliding-window cache, whose layers cannot have a length of their own.
+        CallError: a static, quantised, offloaded or sliding-window cache.
     """
     kinds = {type(layer) for layer in cache.layers}
     if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is not None:
@@ -97,9 +97,13 @@ def adopt(cache: Any, plan: Plan) -> None:
         odd.append(type(cache).__name__)
     if odd:
         raise CallError(
-            f"pruning needs a plain DynamicCache, this one is made of {', '.join(odd)}: leave cache_implementation unset, "
-            "or use a model without sliding-window layers"
+            f"the methods need a plain DynamicCache, this one is made of {', '.join(odd)}: leave cache_implementation "
+            "unset, or use a model without sliding-window layers"
         )
+
+
+def adopt(cache: Any, plan: Plan) -> None:
+    """Put the plan on a plain cache object, which becomes a `PlannedCache` by that."""
     cache.__class__ = PlannedCache
     cache.plan = plan
 

@@ -6,23 +6,27 @@ by an `ExitStack`. See `passes.py` for what happens inside a forward pass.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import operator
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
+from vlmattn import presets
 from vlmattn.cost import Dims
 from vlmattn.errors import CallError, SpecError
-from vlmattn.methods.base import Method, Pruner
+from vlmattn.methods.base import Editor, HeadGain, Method, Pruner
 from vlmattn.patches import cache as caches
-from vlmattn.patches import families
+from vlmattn.patches import families, streams
 from vlmattn.patches.attention import Registration
-from vlmattn.patches.passes import Pass, begin_decode, begin_prefill, read_prompt
+from vlmattn.patches.passes import Pass, Program, begin_decode, begin_prefill, read_prompt
 from vlmattn.patches.vision import tapped
 from vlmattn.plan import Plan
 
@@ -64,31 +68,8 @@ class Engine:
         }
         self._setup = ExitStack()
         self._stack = ExitStack()
-        self.methods: tuple[Method, ...] = ()
-        self.schedule: dict[int, Pruner] = {}
-        self._plan_methods(methods)
-
-    def _plan_methods(self, methods: Sequence[Method]) -> None:
-        """Take `methods` over if they fit this model."""
-        schedule: dict[int, Pruner] = {}
-        for method in methods:
-            if not isinstance(method, Pruner):
-                raise SpecError(f"{method} is of kind {method.kind!r}, which this version cannot install")
-            layer = method.resolve_layer(self.dims.num_layers)
-            if method.is_noop:
-                continue
-            if layer in schedule:
-                raise SpecError(
-                    f"{schedule[layer]} and {method} both prune before layer {layer}: "
-                    "give one of them another before_layer"
-                )
-            schedule[layer] = method
-        self.methods, self.schedule = tuple(methods), dict(sorted(schedule.items()))
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Union of what the active methods need."""
-        return frozenset(need for pruner in self.schedule.values() for need in pruner.needs)
+        self.methods: tuple[Method, ...] = tuple(methods)
+        self.program = compile_program(methods, self.config, self.dims)
 
     # Installing and undoing
 
@@ -108,9 +89,21 @@ class Engine:
             self._configure()
             self._stack = stack.pop_all()
 
-    def configure(self, methods: Sequence[Method]) -> None:
-        """Exchange the methods of an installed engine; if they do not fit, the old ones stay."""
-        self._plan_methods(methods)
+    def configure(self, methods: Sequence[Method], *, record: bool | None = None, backend: str | None = None) -> None:
+        """Exchange the methods of an installed engine, or how it works; if they do not fit, the old ones stay.
+
+        Args:
+            methods: the new methods.
+            record: whether statistics are kept; None: as before.
+            backend: attention backend; None: as before.
+        """
+        program = compile_program(methods, self.config, self.dims)
+        self.methods = tuple(methods)
+        self.program = dataclasses.replace(
+            program,
+            record=self.program.record if record is None else record,
+            backend=self.program.backend if backend is None else backend,
+        )
         self._configure()
 
     def _configure(self) -> None:
@@ -119,7 +112,11 @@ class Engine:
         self._setup.close()
         with ExitStack() as stack:
             stack.callback(registration.remove)
-            if "content_key" in self.needs:
+            for index in self.program.heads:
+                projection = operator.attrgetter(self.family.output_projection)(self.layers[index])
+                hook = functools.partial(self._on_heads, index)
+                stack.callback(projection.register_forward_pre_hook(hook).remove)
+            if "content_key" in self.program.needs:
                 for place, (name, split) in enumerate(self.family.feature_methods.items()):
                     put = functools.partial(self._put_keys, place)
                     self._replace(stack, self.multimodal, name, tapped(getattr(self.multimodal, name), split, put))
@@ -154,14 +151,12 @@ class Engine:
         return dict(self._signatures[module].bind_partial(*args, **kwargs).arguments)
 
     def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.schedule:
+        if not self.program.changes:
             return
         if module.training:
-            raise CallError("pruning is for inference: call model.eval() first, or session.remove() to train")
+            raise CallError("methods are for inference: call model.eval() first, or session.remove() to train")
         if self._arguments(module, args, kwargs).get("labels") is not None:
-            raise CallError(
-                "labels do not fit pruned logits: call without labels, or remove the session to compute a loss"
-            )
+            raise CallError("labels do not fit changed logits: call without labels, or remove the session for a loss")
 
     def _on_multimodal(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = self._arguments(module, args, kwargs)
@@ -178,18 +173,18 @@ class Engine:
         self._local.__dict__.pop("live", None)
         if call is not None and call.images:
             if call.ids is None:
-                if self.schedule:
-                    raise CallError("pruning finds the visual tokens by their ids: pass input_ids, not inputs_embeds")
+                if self.program.acts:
+                    raise CallError("visual tokens are found by their ids: pass input_ids, not inputs_embeds")
                 return None
             ahead = max(call.ids.shape[1] - (self._local.__dict__.get("prompt_length") or call.ids.shape[1]), 0)
             plan = read_prompt(self.family, self.config, call.ids, ahead, arguments, keys)
             if plan is not None:
                 live, changed = begin_prefill(self, plan, arguments)
-                self.last = plan
+                self.last = live.plan
                 return self._enter(live, changed)
         plan = caches.plan_of(arguments.get("past_key_values"))
-        if plan is not None and plan.stages:
-            return self._enter(*begin_decode(plan, arguments))
+        if plan is not None:
+            return self._enter(*begin_decode(plan, self.program, arguments))
         return None
 
     def _enter(self, live: Pass, changed: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -199,11 +194,30 @@ class Engine:
         self._local.cache = changed.get("past_key_values")
         return (), changed
 
-    def _after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        caches.set_inside(self._local.__dict__.pop("cache", None), False)
+    def _after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        cache = self._local.__dict__.pop("cache", None)
+        caches.set_inside(cache, False)
         live: Pass | None = self._local.__dict__.pop("live", None)
-        if live is not None:
-            live.plan.settle()
+        if live is None or output is None:
+            return None
+        plan = live.plan
+        plan.settle()
+        if live.statistics:
+            plan.steps.append({layer: rows[: plan.samples] for layer, rows in live.statistics.items()})
+        if plan.visual.shape[0] == plan.samples or not live.prefill:
+            return None
+        first = torch.arange(plan.samples, device=plan.visual.device)
+        if cache is None:
+            self.last = plan.rows(first)
+        else:
+            cache.batch_select_indices(first)
+            self.last = cache.plan
+        return streams.first_rows(output, plan.samples)
+
+    def _on_heads(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        live: Pass | None = self._local.__dict__.get("live")
+        scaled = None if live is None else live.leave_heads(index, args[0])
+        return None if scaled is None else (scaled, *args[1:])
 
     def _on_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         live: Pass | None = self._local.__dict__.get("live")
@@ -211,6 +225,16 @@ class Engine:
 
     def _put_keys(self, place: int, keys: list[int]) -> None:
         self._local.__dict__.setdefault("keys", {})[place] = keys
+
+    @contextmanager
+    def prompt_ends(self, length: int | None) -> Iterator[None]:
+        """Inside, columns from `length` on are tokens after the prompt, for this thread."""
+        before = self._local.__dict__.get("prompt_length")
+        self._local.prompt_length = length
+        try:
+            yield
+        finally:
+            self._local.prompt_length = before
 
     def _guarded_generate(self, original: Any) -> Callable[..., Any]:
         """`generate` as it is, after refusing options under which pruning would silently go wrong.
@@ -220,21 +244,53 @@ class Engine:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if self.schedule:
+            if self.program.changes:
                 config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
                 option = {name: kwargs.get(name, getattr(config, name, None)) for name in REFUSED_OPTIONS}
                 for name, refused in REFUSED_OPTIONS.items():
                     if refused(option[name]):
-                        raise CallError(f"generate({name}={option[name]!r}) does not go with pruning: {WAY_OUT[name]}")
+                        raise CallError(
+                            f"generate({name}={option[name]!r}) does not go with the installed methods: {WAY_OUT[name]}"
+                        )
             inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            before = self._local.__dict__.get("prompt_length")
-            self._local.prompt_length = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim == 2 else None
-            try:
+            with self.prompt_ends(inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim == 2 else None):
                 return original(*args, **kwargs)
-            finally:
-                self._local.prompt_length = before
 
         return generate
+
+
+def compile_program(methods: Sequence[Method], config: Any, dims: Dims) -> Program:
+    """Sort methods by the layers they act in.
+
+    Args:
+        methods: in the order of the spec.
+        config: of the wrapped model.
+        dims: sizes of its decoder.
+
+    Raises:
+        LayerError: a method does not fit this depth.
+        SpecError: two methods do the same thing in the same layer, a kind is unknown, or a preset is missing.
+    """
+    program = Program()
+    for method in methods:
+        if isinstance(method, Pruner):
+            table: dict[int, Any] = program.pruners
+            layers, act = [method.resolve_layer(dims.num_layers)], "prune before"
+        elif isinstance(method, Editor):
+            table, layers, act = program.editors, list(method.layers(dims.num_layers)), "edit attention in"
+        elif isinstance(method, HeadGain):
+            table, layers, act = program.heads, method.layers(dims.num_layers), "scale heads in"
+        else:
+            raise SpecError(f"{method} is of kind {method.kind!r}, which this version cannot install")
+        if method.is_noop:
+            continue
+        for layer in layers:
+            if layer in table:
+                raise SpecError(f"{table[layer]} and {method} both {act} layer {layer}: give one of them other layers")
+            table[layer] = method
+    if "sink_dims" in program.needs:
+        program = dataclasses.replace(program, sink_dims=presets.sink_dims(config))
+    return program
 
 
 REFUSED_OPTIONS: dict[str, Callable[[Any], bool]] = {

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlmattn.edits import NOT_A_KEY, TEXT, VISUAL, Tags
 from vlmattn.errors import CallError, SpecError
-from vlmattn.methods.base import Pruner, View
+from vlmattn.kernels.rows import Request
+from vlmattn.methods.base import Editor, HeadGain, LayerView, Pruner, View
 from vlmattn.patches import cache as caches
-from vlmattn.patches.attention import PRIVATE, Collector
+from vlmattn.patches import streams
+from vlmattn.patches.attention import PRIVATE, Work
 from vlmattn.patches.families.base import Family
 from vlmattn.patches.vision import content_key
 from vlmattn.plan import Plan, Stage, compact, decode_mask, gather_rows, prefill_mask
@@ -43,13 +46,16 @@ def read_prompt(
     if not bool(visual.any()):
         return None
     mask = arguments.get("attention_mask")
-    real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(visual)
+    # any other mask is refused later, or leaves nothing to do
+    real = mask.bool() if isinstance(mask, Tensor) and mask.shape == visual.shape else torch.ones_like(visual)
     positions = arguments.get("position_ids")
     spans = [
         tuple(dataclasses.replace(span, grid=_grid(family, config, positions, row, span)) for span in row_spans)
         for row, row_spans in enumerate(find_spans(visual, family.tokens_per_image(config)))
     ]
-    plan = Plan(real, visual, image_index(spans, ids.shape[1], ids.device), spans, ahead)
+    plan = Plan(real, visual, image_index(spans, ids.shape[1], ids.device), spans, ahead, samples=ids.shape[0])
+    wrappers = torch.tensor([*family.wrappers(config), -1], device=ids.device)
+    plan.text = real & ~visual & ~torch.isin(ids, wrappers)
     if keys:
         end = ids.shape[1] - ahead
         plan.keys = _assign_keys(ids[:, :end], real[:, :end], placeholders, spans, keys)
@@ -92,48 +98,103 @@ def _assign_keys(
     return tuple(result)
 
 
+@dataclass(frozen=True)
+class Program:
+    """The methods of a session as the layers of one model need them.
+
+    Attributes:
+        pruners: by the layer they prune before.
+        editors: by edited layer.
+        heads: by reinforced layer.
+        sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
+        record: whether statistics are kept.
+        backend: attention backend; None: the fastest.
+    """
+
+    pruners: dict[int, Pruner] = field(default_factory=dict)
+    editors: dict[int, Editor] = field(default_factory=dict)
+    heads: dict[int, HeadGain] = field(default_factory=dict)
+    sink_dims: tuple[int, ...] | None = None
+    record: bool = False
+    backend: str | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything of the model's computation changes."""
+        return bool(self.pruners or self.editors or self.heads)
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything to do in a generation with images."""
+        return self.changes or self.record
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Union of what the methods need."""
+        methods = [*self.pruners.values(), *self.editors.values(), *self.heads.values()]
+        return frozenset(need for method in methods for need in method.needs)
+
+
 @dataclass
 class Pass:
     """State of one pass through the decoder layers.
 
     Attributes:
         plan: the plan of the generation.
-        schedule: layers that prune in this pass (empty after the prefill).
+        program: what the layers do.
         prefill: whether the prompt goes through now.
         new: keys after the prompt, this pass's tokens included.
+        statistics: per layer what was recorded in this pass.
     """
 
     plan: Plan
-    schedule: dict[int, Pruner]
+    program: Program
     prefill: bool
     new: int = 0
     memo: dict[tuple[str, int], Any] = field(default_factory=dict)
+    statistics: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def busy(self) -> bool:
         """Whether any layer needs attention of ours."""
-        return bool(self.schedule or self.plan.stages)
+        return self.program.acts or bool(self.plan.stages)
 
     def enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Arguments of decoder layer `index`, or None to leave them as they are."""
-        stage = self.plan.stage(index)
-        pruner = self.schedule.get(index) if index else None
-        follower = self.schedule.get(index + 1)
-        rows = [need for need in SCORE_NEEDS if follower is not None and need in follower.needs]
-        if stage is None and pruner is None and not rows:
-            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         changed = dict(kwargs)
+        stage = self.plan.stage(index)
+        pruner = self.program.pruners.get(index) if self.prefill and index else None
         if pruner is not None:
             stage, hidden = self._prune(pruner, index, hidden)
         if stage is not None:
             self._swap(changed, stage.to(hidden.device), hidden)
-        if rows:
-            rows_wanted = query_rows(rows[0], self.plan, stage)
-            changed[PRIVATE] = Collector(functools.partial(self.plan.scores.__setitem__, index), rows_wanted)
+        work = self._work(index, stage, hidden)
+        if work is not None:
+            changed[PRIVATE] = work
+        elif stage is None and pruner is None:
+            return None
         if args:
             return (hidden, *args[1:]), changed
         return (), changed | {"hidden_states": hidden}
+
+    def leave_heads(self, index: int, joined: Tensor) -> Tensor | None:
+        """Scale the joined head outputs `(rows, N, H * D)` of layer `index`; None to leave them."""
+        method = self.program.heads.get(index)
+        if method is None:
+            return None
+        rows, length, width = joined.shape
+        gain = self.plan.gains.get(index)
+        if self.prefill and gain is None:
+            heads = self.memo["heads", 0]
+            last = joined[:, -1 - self.plan.ahead].view(rows, heads, width // heads).float()
+            half = self.plan.samples
+            gain, divergence = method.gain(last[:half], last[half:])
+            self.plan.gains[index], self.plan.divergences[index] = gain, divergence
+        if gain is None:
+            return None
+        factor = gain.repeat(rows // gain.shape[0], 1).to(joined.device, joined.dtype)
+        return (joined.view(rows, length, factor.shape[1], -1) * factor[:, None, :, None]).view_as(joined)
 
     def _prune(self, pruner: Pruner, index: int, hidden: Tensor) -> tuple[Stage | None, Tensor]:
         before = self.plan.stage(index)
@@ -162,6 +223,65 @@ class Pass:
             kwargs["position_embeddings"], kwargs["attention_mask"] = self.memo[key]
         else:
             kwargs["attention_mask"] = self.memo[key]
+
+    def _work(self, index: int, stage: Stage | None, hidden: Tensor) -> Work | None:
+        """What the attention of layer `index` does beside attending."""
+        follower = self.program.pruners.get(index + 1) if self.prefill else None
+        need = next((n for n in SCORE_NEEDS if follower is not None and n in follower.needs), None)
+        request = self._request(index, stage, hidden)
+        if need is None and request is None:
+            return None
+        return Work(
+            score_rows=None if need is None else query_rows(need, self.plan, stage).to(hidden.device),
+            put_scores=None if need is None else functools.partial(self.plan.scores.__setitem__, index),
+            request=request,
+            put_statistics=functools.partial(self.statistics.__setitem__, index) if self.program.record else None,
+            backend=self.program.backend,
+        )
+
+    def _request(self, index: int, stage: Stage | None, hidden: Tensor) -> Request | None:
+        editor = self.program.editors.get(index)
+        if editor is None and not self.program.record:
+            return None
+        if self.prefill:
+            _, real, visual = (x.to(hidden.device) for x in frame(self.plan, stage))
+            fresh = _tags(editor, hidden, real, visual, self.program.sink_dims)
+            if self.plan.ahead:
+                fresh.tag[:, -self.plan.ahead :] = TEXT  # tokens after the prompt are text, whatever they look like
+            self.plan.tags[index] = fresh
+        tags = self.plan.tags.get(index)
+        if tags is None or not (tags.acts or self.program.record):
+            return None
+        editor = editor if tags.acts else None
+        tag, active = tags.tag.to(hidden.device), tags.active.to(hidden.device)
+        if self.prefill:
+            rows = _edited_rows(editor, self.plan, stage).to(hidden.device)
+        else:
+            tag = torch.nn.functional.pad(tag, (0, self.new), value=TEXT)
+            rows = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        last = -1 - self.plan.ahead if self.program.record else None
+        return Request(tag, active, rows, None if editor is None else editor.edit(), last)
+
+
+def _tags(
+    editor: Editor | None, hidden: Tensor, real: Tensor, visual: Tensor, sink_dims: tuple[int, ...] | None
+) -> Tags:
+    if editor is not None:
+        tags = editor.tags(LayerView(hidden, visual, real, sink_dims))
+        # one look from the host per layer and prompt spares every later step of a layer that is left alone
+        return Tags(tags.tag, tags.active, bool(tags.active.any()))
+    tag = torch.where(real, visual.to(torch.uint8) * VISUAL, NOT_A_KEY).to(torch.uint8)
+    return Tags(tag, torch.zeros_like(real[:, 0]))
+
+
+def _edited_rows(editor: Editor | None, plan: Plan, stage: Stage | None) -> Tensor:
+    """`(B, M)` bool, the rows of the prompt that an editor changes: text behind the first image, or the last row."""
+    _, real, visual = frame(plan, stage)
+    if editor is None:
+        return torch.zeros_like(real)
+    if editor.edit().rows == "last":
+        return query_rows("last_row_scores", plan, stage) & visual.any(1, keepdim=True)
+    return real & ~visual & (visual.cumsum(1) > 0)
 
 
 def query_rows(need: str, plan: Plan, stage: Stage | None) -> Tensor:
@@ -259,20 +379,26 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
     Raises:
         CallError: the call cannot be served.
     """
-    live = Pass(plan, engine.schedule, prefill=True)
-    if not engine.schedule:
-        return live, arguments
+    program = engine.program
+    if not program.acts:
+        return Pass(plan, program, prefill=True), arguments
     cache = _cache_for(engine, arguments)
     if cache is not None:
-        if not caches.is_empty(cache):
-            raise CallError(
-                "an image arrived while the cache already holds a conversation: pruning needs the images in the first "
-                "prefill; start with a fresh cache and pass the whole conversation"
-            )
+        caches.check_plain(cache)
+    if cache is not None and not caches.is_empty(cache):
+        raise CallError(
+            "an image arrived while the cache already holds a conversation: the methods need the images in the first "
+            "prefill; start with a fresh cache and pass the whole conversation"
+        )
+    _check_mask(arguments.get("attention_mask"))
+    if "text_stream" in program.needs:
+        plan = streams.double(plan, arguments)
+    live = Pass(plan, program, prefill=True)
+    live.memo["heads", 0] = engine.dims.heads
+    if cache is not None:
         caches.adopt(cache, plan)
         arguments["past_key_values"] = cache
-    _check_mask(arguments.get("attention_mask"))
-    entry = engine.schedule.get(0)
+    entry = program.pruners.get(0)
     chosen = None if entry is None else choose(entry, 0, arguments["inputs_embeds"], plan)
     if chosen is not None:
         stage, slots = chosen
@@ -316,7 +442,7 @@ def _cut_inputs(arguments: dict[str, Any], plan: Plan, stage: Stage, slots: Tens
     arguments["attention_mask"] = valid.to(torch.long)
 
 
-def begin_decode(plan: Plan, arguments: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
+def begin_decode(plan: Plan, program: Program, arguments: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
     """Start a pass after the prefill: decoding, verification, or a second turn."""
     cache = arguments["past_key_values"]
     step = arguments.get("inputs_embeds")
@@ -324,13 +450,13 @@ def begin_decode(plan: Plan, arguments: dict[str, Any]) -> tuple[Pass, dict[str,
     assert step is not None
     batch, queries = step.shape[:2]
     logical = int(cache.get_seq_length())
-    entry = plan.stages[0] if plan.stages[0].layer == 0 else None
+    entry = plan.stages[0] if plan.stages and plan.stages[0].layer == 0 else None
     if entry is not None:
         mask = arguments.get("attention_mask")
         arguments["attention_mask"] = decode_entry_mask(mask, entry, plan.length, logical + queries, batch)
         if arguments.get("position_ids") is None:
             arguments["position_ids"] = torch.arange(logical, logical + queries, device=step.device)[None]
-    return Pass(plan, {}, prefill=False, new=logical + queries - plan.length), arguments
+    return Pass(plan, program, prefill=False, new=logical + queries - plan.length), arguments
 
 
 def decode_entry_mask(mask: Tensor | None, entry: Stage, length: int, total: int, batch: int) -> Tensor | None:

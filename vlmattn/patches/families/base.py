@@ -26,6 +26,8 @@ class Family:
         paper: arXiv id.
         multimodal, text_model, layers, vision_tower, projector: attribute paths from the wrapped model; `layers` from
             the text model.
+        output_projection: attribute path from a decoder layer to the projection of the joined head outputs.
+        wrapper_ids: config attributes with the ids of tokens that only wrap an image.
         placeholder_ids: config attributes that hold the ids of visual placeholder tokens.
         feature_methods: methods of the multimodal model that run the vision tower, to the split of their arguments into
             one pixel tensor per image.
@@ -56,6 +58,8 @@ class Family:
     multimodal: str = "model"
     text_model: str = "model.language_model"
     layers: str = "layers"
+    output_projection: str = "self_attn.o_proj"
+    wrapper_ids: tuple[str, ...] = ()
     vision_tower: str = "model.vision_tower"
     projector: str = "model.multi_modal_projector"
     deepstack: bool = False
@@ -68,6 +72,12 @@ class Family:
         """Ids of the visual placeholder tokens of this model."""
         ids = (getattr(config, attribute, None) for attribute in self.placeholder_ids)
         return [token for token in ids if token is not None]
+
+    def wrappers(self, config: Any) -> list[int]:
+        """Ids of the tokens that only wrap an image."""
+        return [
+            token for token in (getattr(config, attribute, None) for attribute in self.wrapper_ids) if token is not None
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able facts for the CLI and the docs."""

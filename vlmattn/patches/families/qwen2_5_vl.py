@@ -53,6 +53,7 @@ register(
             "get_image_features": _split("pixel_values", "image_grid_thw"),
             "get_video_features": _split("pixel_values_videos", "video_grid_thw"),
         },
+        wrapper_ids=("vision_start_token_id", "vision_end_token_id"),
         vision_tower="model.visual",
         projector="model.visual.merger",
     )

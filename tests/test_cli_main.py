@@ -1,0 +1,213 @@
+"""The command: help that teaches, pure JSON, one red line for a mistake, exit codes, and the real thing end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from vlmattn import __version__
+from vlmattn.cli import app
+from vlmattn.eval import records
+
+METHODS = "none; fastv(keep=0.25, before_layer=2)"
+
+
+def vlmattn(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+def test_help_teaches_with_examples() -> None:
+    text = plain(vlmattn("--help").output)
+    for word in (
+        "demo",
+        "run",
+        "eval",
+        "methods",
+        "models",
+        "needs no download",
+        "fastv(keep=0.5) + random",
+        "Exit codes",
+    ):
+        assert word in text, word
+    text = plain(vlmattn("eval", "--help").output)
+    for word in (
+        "--methods",
+        "--limit",
+        "--batch-size",
+        "--model",
+        "--dtype",
+        "--device",
+        "--out",
+        "RUCAIBox/POPE",
+        "Examples",
+    ):
+        assert word in text, word
+    assert "--show kept.png" in plain(vlmattn("run", "--help").output)
+
+
+def test_version_and_no_arguments() -> None:
+    assert vlmattn("--version").output == f"vlmattn {__version__}\n"
+    assert "demo" in vlmattn().output
+
+
+@pytest.mark.parametrize("command", ["methods", "models"])
+def test_json_is_a_list_with_name_kind_and_paper(command: str) -> None:
+    result = vlmattn(command, "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found and all({"name", "kind", "paper"} <= set(entry) for entry in found)
+    names = {entry["name"] for entry in found}
+    if command == "methods":
+        assert {"fastv", "random", "uniform"} <= names
+    else:
+        assert "scenes-llava" in names and {"embedded", "family"} == {entry["kind"] for entry in found}
+        assert {"llava", "qwen2_5_vl"} <= {entry.get("model_type") for entry in found}
+    table = vlmattn(command)
+    assert table.exit_code == 0 and all(name in table.output for name in names)
+
+
+def test_the_command_starts_without_torch() -> None:
+    code = (
+        "import sys, vlmattn.cli; assert not {'torch', 'transformers', 'matplotlib', 'scipy', 'PIL'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "--methods", "none; fastvv(keep=0.5)"], "did you mean 'fastv'"),
+        (["eval", "--methods", "fastv(kep=0.5)"], "did you mean 'keep'"),
+        (["eval", "--methods", "fastv(keep=1.5)"], "1.5"),
+        (["eval", "--bench", "pop"], "did you mean 'pope'"),
+        (["eval", "--profile", "loose"], "official, lmms_eval"),
+        (["eval", "--limit", "0"], "--limit 0 must be 1 or more"),
+        (["eval", "--model", "no/such-model"], "coco_pope_random.json"),
+        (["eval", "--model", "scenes-lava"], "did you mean 'scenes-llava'"),
+        (["methods", "fastw"], "did you mean 'fastv'"),
+        (["eval", "--data", "nowhere"], "nowhere is not a folder"),
+        (["run", "nowhere.png", "What is this?"], "nowhere.png does not exist"),
+        (["run", "nowhere.png"], "what shall be asked"),
+        (["run", "scene:x"], "is not a scene"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
+    result = vlmattn(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "no/such-model"], "cannot load the model 'no/such-model'"),
+        (["--dtype", "int8"], "auto, float32, bfloat16, float16"),
+        (["--device", "cuda:77"], "--device 'cuda:77' cannot be used"),
+        (["--methods", "fastv(before_layer=99)"], "99"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_that_only_the_model_shows(arguments: list[str], words: str) -> None:
+    result = vlmattn("run", "scene:1", *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_run_answers_with_and_without_and_draws(tmp_path: Path) -> None:
+    from PIL import Image
+
+    result = vlmattn(
+        "run",
+        "scene:3",
+        "--methods",
+        "fastv(keep=0.25, before_layer=2); uniform(keep=16)",
+        "--show",
+        tmp_path / "kept.png",
+    )
+    assert result.exit_code == 0, result.output
+    text = plain(result.stdout)
+    assert text.startswith("Where is the") and "none" in text and "of 144" in text and "918 KiB" in text
+    assert "fastv(keep=0.25, before_layer=2): 36 of 144 kept before layer 2" in text
+    assert "uniform(keep=16): 16 of 144 kept before the first layer" in text
+    assert Image.open(tmp_path / "kept.png").width > 600
+
+
+def test_run_reads_a_file_and_refuses_a_broken_one(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (120, 80), (200, 30, 30)).save(tmp_path / "red.jpg")
+    assert vlmattn("run", tmp_path / "red.jpg", "Is there a dog in the image?").exit_code == 0
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    result = vlmattn("run", tmp_path / "broken.jpg", "Is there a dog in the image?")
+    assert result.exit_code == 2 and "cannot be read as an image" in result.stderr
+    result = vlmattn("run", "scene:1", "--methods", "none", "--show", tmp_path / "x.png")
+    assert result.exit_code == 2 and "nothing to draw" in result.stderr
+
+
+def test_eval_writes_folders_resumes_and_refuses_another_run(tmp_path: Path) -> None:
+    arguments = ["eval", "--methods", METHODS, "--limit", 6, "--batch-size", 9, "--out", tmp_path / "out"]
+    first = vlmattn(*arguments)
+    assert first.exit_code == 0, first.output
+    for word in ("none", "of 144", "fastv(keep=0.25, before_layer=2)", "accuracy", "F1", "KV cache", "prefill"):
+        assert word in first.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [run["label"] for run in summary["runs"]] == ["none", "fastv(keep=0.25, before_layer=2)"]
+    for run in summary["runs"]:
+        folder = Path(run["folder"])
+        assert len(records.read_records(folder)) == 18
+        identity = records.read_run(folder)["identity"]
+        assert identity["spec"] == run["spec"] and identity["decode"]["do_sample"] is False
+        cost = json.loads((folder / "cost.json").read_text())
+        assert cost["kv_bytes"] <= cost["kv_bytes_full"] and cost["prefill_ms"] > 0
+        assert len(cost["visual_per_layer"]) == 6
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("records.jsonl")}
+    again = vlmattn(*arguments)
+    assert again.exit_code == 0
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("records.jsonl")}
+    other = vlmattn(*arguments[:-4], "--batch-size", 5, "--out", tmp_path / "out")
+    assert other.exit_code == 2
+    assert "decode.batch_size = 9, now it is 5" in other.stderr and "--out" in other.stderr
+
+
+def test_eval_names_broken_images_goes_on_and_exits_1(tmp_path: Path) -> None:
+    from vlmattn.scenes import benchmark
+
+    tasks = ("exist-random", "exist-popular", "exist-adversarial")
+    data = benchmark(tasks=tasks, images=4)
+    data.save(tmp_path / "data")
+    broken = tmp_path / "data" / "images" / data.names[0]
+    good = broken.read_bytes()
+    broken.write_bytes(good[: len(good) // 2])
+    arguments = [
+        "eval",
+        "--data",
+        tmp_path / "data",
+        "--prompt",
+        "bare",
+        "--methods",
+        "none",
+        "--out",
+        tmp_path / "out",
+    ]
+    result = vlmattn(*arguments)
+    assert result.exit_code == 1
+    assert data.names[0] in result.stderr and "have no answer" in result.stderr and "--retry-failed" in result.stderr
+    found = records.read_records(tmp_path / "out" / "none")
+    lost = [record for record in found if record["status"] == "failed"]
+    assert len(found) == len(data.rows) and lost and {record["image"] for record in lost} == {data.names[0]}
+    broken.write_bytes(good)
+    assert vlmattn(*arguments, "--retry-failed").exit_code == 0
+    assert all(record["status"] == "ok" for record in records.read_records(tmp_path / "out" / "none"))

@@ -1,0 +1,181 @@
+"""POPE: parsers and metrics against what the scorers print, matching by id, and the loader's errors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from vlmattn.errors import DataError
+from vlmattn.eval.benchmarks import pope
+from vlmattn.eval.items import Item
+
+ORACLE = json.loads((Path(__file__).parent / "data" / "pope_oracle.json").read_text())
+
+
+def oracle_items(category: str = "random") -> list[Item]:
+    return [
+        Item(f"{category}/{row['id']}", f"{row['id']}.png", "Is there a dog in the image?", row["label"], category)
+        for row in ORACLE["items"]
+    ]
+
+
+def oracle_answers(category: str = "random") -> list[tuple[str, str]]:
+    return [(f"{category}/{row['id']}", row["answer"]) for row in ORACLE["items"]]
+
+
+@pytest.mark.parametrize("profile", ["official", "lmms_eval"])
+@pytest.mark.parametrize("row", ORACLE["items"], ids=lambda row: f"row{row['id']}")
+def test_pope_oracle_parse(row: dict, profile: str) -> None:
+    assert pope.parse(row["answer"], profile) == row[profile]
+
+
+def test_pope_oracle_metrics_official() -> None:
+    found = pope.score(oracle_items(), oracle_answers(), profile="official")["categories"]["random"]
+    expected = ORACLE["expected"]["official"]
+    assert [found["counts"][name] for name in ("tp", "fp", "tn", "fn")] == [
+        expected[name] for name in ("TP", "FP", "TN", "FN")
+    ]
+    assert found["total"] == expected["counted"]
+    for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-12)
+
+
+def test_pope_oracle_metrics_lmms_eval() -> None:
+    found = pope.score(oracle_items(), oracle_answers(), profile="lmms_eval")["categories"]["random"]
+    expected = ORACLE["expected"]["lmms_eval"]
+    for name in ("accuracy", "precision", "recall", "f1"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-12)
+    assert found["gold_yes_ratio"] == pytest.approx(expected["yes_ratio_as_printed"])
+    assert found["yes_ratio"] == pytest.approx(2 / 20)
+    assert found["unparsed"] == sum(row["lmms_eval"] == "other" for row in ORACLE["items"])
+
+
+@pytest.mark.parametrize("row", ORACLE["regression_counts"], ids=lambda row: row["what"])
+def test_pope_oracle_regression_counts(row: dict) -> None:
+    found = pope.Counts(row["TP"], row["FP"], row["TN"], row["FN"]).metrics(strict=True)
+    for name in {"accuracy", "precision", "recall", "f1", "yes_ratio"} & set(row):
+        assert found[name] == pytest.approx(row[name], abs=1e-12)
+
+
+def test_three_categories_give_means_and_pooled_numbers() -> None:
+    items = oracle_items("random") + oracle_items("popular")[:6]
+    found = pope.score(items, oracle_answers("random") + oracle_answers("popular")[:6])
+    one, two = found["categories"]["random"], found["categories"]["popular"]
+    assert found["mean_f1"] == pytest.approx((one["f1"] + two["f1"]) / 2)
+    assert found["mean_accuracy"] == pytest.approx((one["accuracy"] + two["accuracy"]) / 2)
+    assert found["pooled"]["total"] == 26
+    assert found["pooled"]["f1"] != pytest.approx(found["mean_f1"])
+
+
+def test_zero_denominators_are_flagged_and_strict_raises() -> None:
+    items, answers = oracle_items()[:3], [("random/1", "No"), ("random/2", "No"), ("random/3", "No")]
+    found = pope.score(items, answers)
+    assert found["categories"]["random"]["precision"] == 0.0
+    assert found["undefined"] == ["random.precision", "random.f1"]
+    with pytest.raises(ZeroDivisionError, match="precision is undefined"):
+        pope.score(items, answers, strict=True)
+
+
+def test_answers_in_any_order_are_matched_by_id() -> None:
+    assert pope.score(oracle_items(), reversed(oracle_answers())) == pope.score(oracle_items(), oracle_answers())
+
+
+def test_missing_duplicate_and_strange_ids_are_listed() -> None:
+    answers = [*oracle_answers()[2:], ("random/5", "yes"), ("random/99", "yes")]
+    with pytest.raises(DataError) as caught:
+        pope.score(oracle_items(), answers)
+    for text in ("random/1, random/2", "answered twice (random/5)", "not in the benchmark (random/99)"):
+        assert text in str(caught.value)
+
+
+def test_failed_items_are_left_out_and_counted() -> None:
+    found = pope.score(oracle_items(), oracle_answers()[1:], failed={"random/1"})
+    assert found["failed"] == 1
+    assert found["categories"]["random"]["total"] == 19
+
+
+def test_official_has_no_third_outcome_but_counts_what_it_did_not_understand() -> None:
+    assert pope.is_unparsed("") and pope.is_unparsed("There isn't a car in the image.") and pope.is_unparsed("NO")
+    assert not pope.is_unparsed("Yes, there is.") and not pope.is_unparsed("no, none") and not pope.is_unparsed("YES")
+
+
+def test_prompts() -> None:
+    assert pope.prompt("Is there a dog?", "bare") == "Is there a dog?"
+    assert (
+        pope.prompt("Is there a dog?", "single_word")
+        == "Is there a dog?\nAnswer the question using a single word or phrase."
+    )
+    with pytest.raises(DataError, match="bare, single_word"):
+        pope.prompt("Is there a dog?", "vicuna")
+
+
+ROW = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"}
+
+
+def write_files(folder: Path, rows: dict[str, str] | None = None) -> Path:
+    for category in pope.CATEGORIES:
+        text = (rows or {}).get(
+            category, json.dumps(ROW) + "\n" + json.dumps(ROW | {"question_id": 7, "label": "no"}) + "\n"
+        )
+        (folder / f"coco_pope_{category}.json").write_text(text)
+    return folder
+
+
+def test_loader_reads_three_files_and_hashes_them(tmp_path: Path) -> None:
+    items, hashes = pope.load(write_files(tmp_path))
+    assert [item.id for item in items[:3]] == ["random/1", "random/7", "popular/1"]
+    assert asdict(items[1]) == {
+        "id": "random/7",
+        "image": "a.jpg",
+        "question": ROW["text"],
+        "label": "no",
+        "group": "random",
+    }
+    assert set(hashes) == {f"coco_pope_{name}.json" for name in pope.CATEGORIES}
+    assert all(len(digest) == 64 for digest in hashes.values())
+    assert "not the current files" in pope.version(hashes)
+    assert "109985c" in pope.version(dict(zip("abc", pope.CURRENT_FILES.values())))
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({**ROW, "label": "Yes"}, "field 'label'"),
+        ({key: value for key, value in ROW.items() if key != "image"}, "field 'image': missing"),
+        ({**ROW, "text": 5}, "field 'text': expected a text"),
+        ({**ROW, "question_id": None}, "field 'question_id'"),
+        ({**ROW, "question_id": True}, "field 'question_id'"),
+        ({**ROW, "image": ""}, "field 'image'"),
+        ([1], "expected a JSON object, found list"),
+    ],
+)
+def test_schema_errors_name_file_line_and_field(tmp_path: Path, row: object, field: str) -> None:
+    write_files(tmp_path, {"popular": json.dumps(ROW | {"question_id": 3}) + "\n\n" + json.dumps(row) + "\n"})
+    with pytest.raises(DataError) as caught:
+        pope.load(tmp_path)
+    assert "coco_pope_popular.json, line 3" in str(caught.value)
+    assert field in str(caught.value)
+
+
+def test_broken_json_repeated_id_empty_missing_and_double_files(tmp_path: Path) -> None:
+    def fails(rows: dict[str, str], *words: str) -> None:
+        with pytest.raises(DataError) as caught:
+            pope.load(write_files(tmp_path, rows))
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+
+    fails({"random": '{"question_id": 1,\n'}, "coco_pope_random.json, line 1", "not JSON")
+    fails({"random": f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n"}, "line 2", "already used in line 1")
+    fails({"random": "\n"}, "has no rows")
+    write_files(tmp_path)
+    (tmp_path / "gqa_pope_random.json").write_text("{}")
+    with pytest.raises(DataError, match="2 POPE files for 'random'"):
+        pope.load(tmp_path)
+    for path in tmp_path.glob("*random.json"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"wanted coco_pope_random\.json.*github\.com/RUCAIBox/POPE"):
+        pope.load(tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        pope.load(tmp_path / "nowhere")

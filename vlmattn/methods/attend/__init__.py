@@ -1,0 +1,1 @@
+"""Attention edits and head reinforcement."""

@@ -1,0 +1,68 @@
+"""A second stream beside the prompt: the same text without its images, as further rows of the same forward pass.
+
+It runs during the prefill only. Its rows are left-padded to the prompt's width, so both streams end in the same column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmattn.plan import Plan, compact, gather_rows
+
+
+def double(plan: Plan, arguments: dict[str, Any]) -> Plan:
+    """Append the text-only rows to the text model's `arguments`; returns the plan of all `2B` rows.
+
+    Args:
+        plan: of the `B` prompts, with `text`.
+        arguments: `inputs_embeds` `(B, N, C)`, `attention_mask` `(B, N)` or None, `position_ids` `(B or 1, N)`,
+            `(axes, B, N)` or None; replaced in place.
+    """
+    embeds: Tensor = arguments["inputs_embeds"]
+    batch, length, _ = embeds.shape
+    text = plan.real & ~plan.visual if plan.text is None else plan.text
+    index, valid = compact(text)
+    missing = length - index.shape[1]
+    real = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+    index, real = (torch.nn.functional.pad(x, (missing, 0)) for x in (index, real))
+    alone = gather_rows(embeds, index.to(embeds.device)) * real.to(embeds.device, embeds.dtype)[..., None]
+    mask = arguments.get("attention_mask")
+    mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device) if mask is None else mask
+    arguments["inputs_embeds"] = torch.cat([embeds, alone])
+    arguments["attention_mask"] = torch.cat([mask, real.to(mask.device, mask.dtype)])
+    arguments["position_ids"] = _positions(arguments.get("position_ids"), real.to(embeds.device))
+    return dataclasses.replace(
+        plan,
+        samples=batch,
+        real=torch.cat([plan.real, real]),
+        visual=torch.cat([plan.visual, torch.zeros_like(real)]),
+        image=torch.cat([plan.image, torch.full_like(plan.image, -1)]),
+        text=None,
+        spans=[*plan.spans, *([()] * batch)],
+        keys=None if plan.keys is None else (*plan.keys, *([()] * batch)),
+    )
+
+
+def _positions(given: Tensor | None, real: Tensor) -> Tensor:
+    """Positions of both streams; the text counts from 0, on every axis alike."""
+    batch, length = real.shape
+    counted = (real.long().cumsum(1) - 1).clamp_min(0)
+    if given is None:
+        given = torch.arange(length, device=real.device)[None]
+    if given.ndim == 2:
+        return torch.cat([given.expand(batch, -1), counted])
+    return torch.cat([given.expand(-1, batch, -1), counted.expand(given.shape[0], -1, -1)], 1)
+
+
+def first_rows(output: Any, rows: int) -> Any:
+    """The text model's output without the second stream."""
+    if isinstance(output, tuple):
+        return (output[0][:rows], *output[1:])
+    output.last_hidden_state = output.last_hidden_state[:rows]
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(state[:rows] for state in output.hidden_states)
+    return output
