@@ -1,4 +1,4 @@
-"""Attention edits and head reinforcement: kernels against the naive reference, cards' worked examples, both families."""
+"""Attention edits and head reinforcement: kernels against the naive reference, worked examples, both families."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ def test_prompt_lookup_equals_greedy(model, batch):
 def test_one_pass_over_prompt_and_answer_equals_generation(model, batch, text):
     """The oracle of `session.prompt`: no cache, everything recomputed, the selection of the prompt."""
     with vlmattn.wrap(model, text) as session:
-        out = generate(model, batch, 6)
+        out = generate(model, batch, 6, suppress_tokens=[tiny.IMAGE, tiny.VIDEO])
         start = batch["input_ids"].shape[1]
         longer = dict(batch)
         longer["input_ids"] = out.sequences
@@ -396,8 +396,8 @@ def test_statistics_equal_the_oracles_probabilities(model, batch):
         seen: dict[int, torch.Tensor] = {}
         for layer in range(1, tiny.LAYERS):
 
-            def look(p: torch.Tensor, present: list[int], layer: int = layer) -> list[int]:
-                seen[layer - 1] = p[:, -1]
+            def look(p: torch.Tensor, present: list[int], layer: int = layer, into: Any = seen) -> list[int]:
+                into[layer - 1] = p[:, -1]
                 return present
 
             oracle.generate(model, prompt, {layer: look}, 1)

@@ -1,7 +1,7 @@
-"""Write the README's tables of methods and families from the registries, or check that they are up to date.
+"""Write the README's tables and docs/methods.md from the registries, or check that they are up to date.
 
 python tools/readme_tables.py --write
-python tools/readme_tables.py --check      # exit status 1 and a diff if the README differs
+python tools/readme_tables.py --check      # exit status 1 and a diff if a file differs
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+METHODS = ROOT / "docs" / "methods.md"
 sys.path.insert(0, str(ROOT))
 
 import vlmattn  # noqa: E402 - the checkout is found without being installed
@@ -63,24 +64,44 @@ def with_tables(text: str) -> str:
     return text
 
 
+def method_pages(methods: Iterable[Mapping[str, Any]]) -> str:
+    """Text of docs/methods.md: for every method its idea and deviations as its file tells them, and its parameters."""
+    parts = [
+        "# Methods",
+        "Written from the docstrings by `python tools/readme_tables.py --write`. Specs join methods with `+`; what two "
+        "methods would do to the same thing in the same layer is refused by name.",
+    ]
+    for method in methods:
+        rows = [(f"`{f['name']}`", f"`{f['default']!r}`", f["help"]) for f in method["fields"]]
+        source = f" · arXiv {_paper(method['paper'])}" if method["paper"] else ""
+        parts += [
+            f"## {method['name']}",
+            f"*{method['title']}* · {method['kind']}{source}",
+            method["doc"],
+            _table(("Parameter", "Default", "Meaning"), rows),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(description="the README's tables, from the registries")
+    parser = argparse.ArgumentParser(description="the README's tables and docs/methods.md, from the registries")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--write", action="store_true", help="write them into README.md")
-    mode.add_argument("--check", action="store_true", help="exit with status 1 if README.md differs")
+    mode.add_argument("--write", action="store_true", help="write them")
+    mode.add_argument("--check", action="store_true", help="exit with status 1 if a file differs")
     write = parser.parse_args(arguments).write
-    old = README.read_text(encoding="utf-8")
-    new = with_tables(old)
-    if write:
-        README.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.stdout.writelines(
-            difflib.unified_diff(old.splitlines(True), new.splitlines(True), "README.md", "registries")
-        )
-        print("README.md is behind the registries: python tools/readme_tables.py --write")
-        return 1
-    return 0
+    status = 0
+    for path, make in ((README, with_tables), (METHODS, lambda _: method_pages(vlmattn.methods_info()))):
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        new = make(old)
+        if write:
+            path.write_text(new, encoding="utf-8")
+        elif new != old:
+            lines = difflib.unified_diff(old.splitlines(True), new.splitlines(True), path.name, "registries")
+            sys.stdout.writelines(lines)
+            print(f"{path.name} is behind the registries: python tools/readme_tables.py --write")
+            status = 1
+    return status
 
 
 def _paper(arxiv: str) -> str:

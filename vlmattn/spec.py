@@ -10,8 +10,10 @@ import ast
 import dataclasses
 import functools
 import importlib
+import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ class MethodInfo:
     Attributes:
         name, kind, title, paper: as registered; `paper` is an arXiv id or empty.
         summary: first sentence of the docstring.
+        doc: the docstring of the method's file: idea, source, deviations.
         cls: the dataclass.
         fields: one dict per parameter with `name`, `type`, `default`, `help`.
     """
@@ -38,6 +41,7 @@ class MethodInfo:
     title: str
     paper: str
     summary: str
+    doc: str
     cls: type[Method]
     fields: tuple[dict[str, Any], ...]
 
@@ -66,7 +70,8 @@ def _info(cls: type[Method]) -> MethodInfo:
         for f in dataclasses.fields(cls)
     )
     summary = re.split(r"(?<=\.)\s", (cls.__doc__ or "").strip(), maxsplit=1)[0]
-    return MethodInfo(cls.name, cls.kind, cls.title, cls.paper, summary, cls, fields)
+    doc = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+    return MethodInfo(cls.name, cls.kind, cls.title, cls.paper, summary, doc, cls, fields)
 
 
 def parse(spec: Spec) -> tuple[Method, ...]:

@@ -71,7 +71,7 @@ def sink_dims(config: Any) -> tuple[int, ...]:
     if entry is None:
         name = getattr(config, "_name_or_path", "") or "this model"
         raise SpecError(
-            f"no sink dimensions are known for {name!r}: run `vlmattn discover --model {name}` to find them, or give them "
-            "as var(sinks=[...])"
+            f"no sink dimensions are known for {name!r}: run `vlmattn discover --model {name}` to find them, "
+            "or give them as var(sinks=[...])"
         )
     return tuple(entry["sink_dims"])

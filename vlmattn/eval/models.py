@@ -1,0 +1,190 @@
+"""Load a model by name: the embedded one, a hub id, or a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmattn.errors import DataError, VlmattnError, nearest
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SMALL = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer.
+
+    Attributes:
+        name: what the user typed.
+        model: the transformers model, in eval mode, on its device.
+        processor: its processor, padding on the left.
+        embedded: whether it is a scenes model that ships with the package.
+        fingerprint: hub commit, or SHA-256 over the folder; part of a run's identity.
+        dtype: dtype of the language model's weights, for instance "float32".
+        device: device of its first weight, for instance "cpu".
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    embedded: bool
+    fingerprint: str
+    dtype: str
+    device: str
+
+
+def is_embedded(name: str) -> bool:
+    """Whether the name is a model that ships with the package (asked without importing torch)."""
+    from vlmattn.scenes import names
+
+    return name in names()
+
+
+def check_name(name: str) -> str:
+    """The name, if it can be a model: an embedded one, "org/name", or a folder that exists.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    from vlmattn.scenes import names
+
+    if name not in names() and "/" not in name and not Path(name).is_dir():
+        raise DataError(
+            f"there is no embedded model or folder {name!r} "
+            f"({nearest(name, names())}); models on the hub are named org/name"
+        )
+    return name
+
+
+def load(name: str, dtype: str | None = None, device: str | None = None) -> Loaded:
+    """Load a model and its processor.
+
+    Args:
+        name: an embedded model's name, a hub id such as "org/model", or a folder.
+        dtype: one of `DTYPES`; None means float32 for embedded models, else what the checkpoint says.
+        device: a torch device; None means the first GPU if there is one.
+
+    Raises:
+        DataError: there is no such model, or it is not an image-text-to-text one; unknown dtype or device.
+    """
+    import torch
+
+    if dtype is not None and dtype not in DTYPES:
+        raise DataError(f"--dtype {dtype!r} is unknown; there are {', '.join(DTYPES)}")
+    where = _device(device)
+    embedded = is_embedded(name)
+    if embedded:
+        from vlmattn import scenes
+
+        kind = torch.float32 if dtype in (None, "auto") else getattr(torch, str(dtype))
+        model, processor = scenes.load(name, dtype=kind, device=str(where))
+        fingerprint = _folder_hash(Path(scenes.path(name)))
+    else:
+        model, processor = _pretrained(name, dtype or "auto")
+        try:
+            model = model.to(where).eval()
+        except torch.OutOfMemoryError as error:
+            raise DataError(
+                f"{name} does not fit on {where}: {str(error).splitlines()[0]}; try --dtype bfloat16 or --device cpu"
+            ) from None
+        fingerprint = getattr(model.config, "_commit_hash", None) or _folder_hash(Path(name))
+    processor.tokenizer.padding_side = "left"
+    weight = model.get_output_embeddings().weight
+    return Loaded(
+        name, model, processor, embedded, fingerprint, str(weight.dtype).removeprefix("torch."), str(weight.device)
+    )
+
+
+@contextmanager
+def quiet(enabled: bool = True) -> Iterator[None]:
+    """Silence the warnings and progress bars of transformers inside the block; errors still come through."""
+    import warnings
+
+    from transformers.utils import logging
+
+    if not enabled:
+        yield
+        return
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _device(device: str | None) -> Any:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        gpus = torch.cuda.device_count()
+        raise DataError(
+            f"--device {device!r} cannot be used ({str(error).splitlines()[0]}); this machine has cpu"
+            + (f" and cuda:0 to cuda:{gpus - 1}" if gpus else " and no GPU that torch can see")
+        ) from None
+    return where
+
+
+def _pretrained(name: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vlmattn.scenes import names
+
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=kind)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            f"cannot load the model {name!r}: {reason} (embedded models: "
+            f"{', '.join(names())}; otherwise a hub id of an "
+            "image-text-to-text model, or a folder with its files)"
+        ) from error
+    if not hasattr(processor, "tokenizer"):
+        raise DataError(
+            f"{name} has no processor with a tokenizer "
+            f"({type(processor).__name__}); vlmattn needs a vision-language model"
+        )
+    return model, processor
+
+
+def _folder_hash(folder: Path) -> str:
+    """SHA-256 over names, sizes and, of files below 32 MiB, contents: cheap for checkpoints of many gigabytes."""
+    if not folder.is_dir():
+        return "unknown"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        if size < _SMALL:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def out_of_memory(error: BaseException) -> VlmattnError | None:
+    """The error in our words when it is torch saying that the device is full, else None."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return VlmattnError(
+            f"the device ran out of memory ({str(error).splitlines()[0]}); try a "
+            "smaller --batch-size or --dtype bfloat16"
+        )
+    return None

@@ -1,0 +1,292 @@
+"""A run is a folder: what was run (`run.json`), what the model said (`records.jsonl`), what it cost (`cost.json`).
+
+The promise: a record whose `append` returned survives SIGKILL and power loss, and no id is ever there twice. It is
+kept by one write and one fsync per batch, a torn last line that is cut off on resume, a lock against a second writer,
+and atomic replacement of the two JSON files. Imports only the standard library and `vlmattn.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vlmattn.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there two writers are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+RUN, RECORDS, COST = "run.json", "records.jsonl", "cost.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a half (temporary file, fsync, rename)."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def read_records(folder: str | Path) -> list[dict[str, Any]]:
+    """Complete records of a run folder, in the order written; a torn last line is left out.
+
+    Raises:
+        DataError: a line other than the last is not a JSON object with an `id`, or an id occurs twice.
+    """
+    return _parse(Path(folder) / RECORDS)[0]
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The `run.json` of a run folder.
+
+    Raises:
+        DataError: the file is missing or not JSON.
+    """
+    path = Path(folder) / RUN
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder} is not a run folder: it has no {RUN}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
+    if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
+        raise DataError(f"{path} has no `identity`: it was not written by vlmattn eval")
+    return run
+
+
+class RunFolder:
+    """Writer of one run; opening an existing folder goes on where it stopped.
+
+    Args:
+        path: the folder; made if absent.
+        identity: what makes two runs the same run (spec, model, data hash, prompt, decode, ...), JSON-able.
+        info: what is worth knowing but may change on resume (versions, command); kept from the first start.
+
+    Raises:
+        DataError: the folder holds a run with another identity, records without a `run.json`, a corrupt record, or is
+            being written by another process.
+    """
+
+    def __init__(self, path: str | Path, identity: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self.identity = json.loads(json.dumps(identity))
+        self._file = -1
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the run folder {self.path}: {error.strerror}; choose another --out") from None
+        self._check_identity()
+        # Lock first, then write run.json: of two processes that start together only one makes the folder its own.
+        self._file = os.open(self.path / RECORDS, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._lock()
+            self._check_identity()
+            run = self.path / RUN
+            if not run.exists():
+                write_json(run, {"format": 1, "identity": self.identity, "info": dict(info or {})})
+            records, self._end = _parse(self.path / RECORDS)
+            os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
+        except BaseException:
+            self.close()
+            raise
+        self.records: list[dict[str, Any]] = records
+        self._ids = {record["id"] for record in records}
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """Ids that are safely on the disk."""
+        return frozenset(self._ids)
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add records; when it returns they are on the disk.
+
+        Raises:
+            DataError: a record has no `id`, or its id is already there; nothing is written then.
+            OSError: the disk refused; what was written of this batch is taken back.
+        """
+        new: set[str] = set()
+        for record in records:
+            key = record.get("id")
+            if not isinstance(key, str) or not key:
+                raise DataError(f"a record needs a non-empty string `id`, got {key!r}")
+            if key in self._ids or key in new:
+                raise DataError(f"record {key!r} is already in {self.path / RECORDS}: every id is written once")
+            new.add(key)
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        data = _encode(lines)
+        try:
+            _write_all(self._file, data, self._end)
+            os.fsync(self._file)
+        except BaseException:
+            os.ftruncate(self._file, self._end)
+            raise
+        self._end += len(data)
+        self._ids |= new
+        self.records.extend(json.loads(line) for line in lines)
+
+    def forget_failed(self) -> int:
+        """Take failed records out, so that they are tried again; returns how many."""
+        keep = [record for record in self.records if record.get("status") != "failed"]
+        gone = len(self.records) - len(keep)
+        if gone:
+            self._replace_records(_encode([json.dumps(record, ensure_ascii=False) for record in keep]))
+            self.records = keep
+            self._ids = {record["id"] for record in keep}
+        return gone
+
+    def write_cost(self, cost: Mapping[str, Any]) -> None:
+        """Write `cost.json` atomically."""
+        write_json(self.path / COST, cost)
+
+    def close(self) -> None:
+        """Let go of the file and of the lock; safe to call twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(
+                f"{self.path} is being written by another process; wait for it or choose another --out"
+            ) from None
+
+    def _check_identity(self) -> None:
+        if not (self.path / RUN).exists():
+            records = self.path / RECORDS
+            if records.exists() and records.stat().st_size:
+                raise DataError(
+                    f"{self.path} has {RECORDS} but no {RUN}: it cannot be told what made them; choose another --out"
+                )
+            return
+        found, wanted = _flat(read_run(self.path)["identity"]), _flat(self.identity)
+        for name in [*wanted, *(name for name in found if name not in wanted)]:
+            if found.get(name) != wanted.get(name):
+                raise DataError(
+                    f"{self.path} holds a run with {name} = "
+                    f"{_short(found.get(name))}, now it is {_short(wanted.get(name))}: "
+                    f"choose another --out, go back to the former value, or delete the folder"
+                )
+
+    def _replace_records(self, data: bytes) -> None:
+        temporary = self.path / f".{RECORDS}.new"
+        file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            _write_all(file, data, 0)
+            os.fsync(file)
+            os.replace(temporary, self.path / RECORDS)
+            _sync_folder(self.path)
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(self._file)
+        self._file, self._end = file, len(data)
+        self._lock()
+
+
+def _encode(lines: Iterable[str]) -> bytes:
+    # A model can say a lone surrogate (half an emoji): json reads it back with the same error handler.
+    return "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass")
+
+
+def _write_all(file: int, data: bytes, position: int) -> None:
+    os.lseek(file, position, os.SEEK_SET)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Complete records of a file and the byte at which they end."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: {path.parent} is not a run folder") from None
+    records: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    end = 0
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        record = _record(line)
+        if record is None:
+            if number == len(lines) - 1 and not lines[-1]:
+                break  # the last line of a write that a power loss left unfinished
+            raise DataError(
+                f"{path}, line {number}: not a JSON object with a string `id`; the file was changed by hand"
+            )
+        if record["id"] in seen:
+            raise DataError(f"{path}, line {number}: id {record['id']!r} occurs twice; the file was changed by hand")
+        seen.add(record["id"])
+        records.append(record)
+        end += len(line) + 1
+    return records, end
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("id"), str) else None
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            flat.update(_flat(entry, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = entry
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows cannot open a folder
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def texts(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(id, raw text) of the records that were answered."""
+    return [(record["id"], record["text"]) for record in records if record.get("status") == "ok"]
+
+
+def failed(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """id -> error of the records that failed."""
+    return {record["id"]: record.get("error", "") for record in records if record.get("status") == "failed"}

@@ -1,0 +1,184 @@
+"""Turn a training run into a packaged model: ``python -m vlmattn.scenes.export --run DIR --out FOLDER``.
+
+The folder is an ordinary Hugging Face checkpoint: bf16 safetensors, config, generation config, tokenizer, processor and
+chat template; ``training.json`` keeps the settings, versions and curve of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from .model import build_model
+from .packing import PATCH_SIZE
+from .text import (
+    ASSISTANT,
+    BOS,
+    BOS_ID,
+    CHAT_TEMPLATE,
+    EOS,
+    EOS_ID,
+    IMAGE,
+    PAD,
+    PAD_ID,
+    SPECIAL_TOKENS,
+    UNKNOWN,
+    USER,
+    VOCABULARY,
+)
+from .train import CURVE, SETTINGS, WEIGHTS
+from .world import IMAGE_SIZE
+
+WEIGHTS_FILE, TRAINING_FILE = "model.safetensors", "training.json"
+MAX_NEW_TOKENS = 32
+"""Long enough for a caption of six objects with its end token (25)."""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The word-level tokenizer; equal to :func:`vlmattn.scenes.text.encode` on plain text."""
+    core = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token=UNKNOWN))
+    core.normalizer = normalizers.Lowercase()
+    split = [
+        pre_tokenizers.WhitespaceSplit(),
+        pre_tokenizers.Punctuation(),
+        pre_tokenizers.Digits(individual_digits=True),
+    ]
+    core.pre_tokenizer = pre_tokenizers.Sequence(split)
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    core.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        bos_token=BOS,
+        eos_token=EOS,
+        additional_special_tokens=[IMAGE, USER, ASSISTANT],
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=512,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> LlavaProcessor:
+    """Tokenizer, image processor and chat template."""
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = CLIPImageProcessorPil(
+        do_resize=True,
+        size=side,
+        do_center_crop=False,
+        crop_size=side,
+        do_rescale=True,
+        do_normalize=True,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        do_convert_rgb=True,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE,
+        num_additional_image_tokens=1,
+    )
+
+
+def trained_model(run: Path) -> LlavaForConditionalGeneration:
+    """The fp32 model of a finished run.
+
+    Raises:
+        FileNotFoundError: the run is not finished.
+        ValueError: the weights do not fit the settings.
+    """
+    settings = json.loads((run / SETTINGS).read_text())
+    model = build_model(settings["seed"], **settings["model"])
+    missing, unexpected = model.load_state_dict(load_file(run / WEIGHTS), strict=False)
+    wrong = [n for n in missing if "lm_head" not in n and "post_layernorm" not in n] + list(unexpected)
+    if wrong:
+        raise ValueError(f"{run / WEIGHTS} does not fit its settings: {', '.join(wrong[:3])}")
+    model.tie_weights()
+    return model.eval()
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _pin_image_processor(file: Path) -> None:
+    """Name the PIL image processor outright, so that the pixels do not depend on whether torchvision is installed.
+
+    ``save_pretrained`` writes the name of the backend-neutral class instead.
+    """
+    config = json.loads(file.read_text())
+    config["image_processor"]["image_processor_type"] = CLIPImageProcessorPil.__name__
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _training_record(run: Path, weights: Path, parameters: int) -> dict[str, Any]:
+    """What goes into training.json."""
+    curve = [json.loads(line) for line in (run / CURVE).read_text().splitlines()]
+    return {
+        "settings": json.loads((run / SETTINGS).read_text()),
+        "parameters": parameters,
+        "weights_sha256": file_sha256(weights),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+            "numpy": np.__version__,
+        },
+        "curve": curve,
+    }
+
+
+def export(run: Path, out: Path) -> None:
+    """Write the checkpoint folder of a finished run; raises as :func:`trained_model` does."""
+    model = trained_model(run).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    build_processor().save_pretrained(out)
+    _pin_image_processor(out / "processor_config.json")
+    record = _training_record(run, out / WEIGHTS_FILE, model.num_parameters())
+    (out / TRAINING_FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of :func:`export`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlmattn.scenes.export", description="Package a finished training run as a checkpoint folder."
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished vlmattn.scenes.train")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    options = parser.parse_args(arguments)
+    export(options.run, options.out)
+    for file in sorted(options.out.iterdir()):
+        print(f"{file.stat().st_size:>9}  {file.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The packaged checkpoints: which there are, where they lie, and how to load one without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmattn.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+def names() -> list[str]:
+    """Names of the packaged models, sorted."""
+    return sorted(folder.parent.name for folder in CHECKPOINTS.glob("*/config.json"))
+
+
+def path(name: str) -> Path:
+    """Folder of a packaged model, in the Hugging Face layout.
+
+    Raises:
+        DataError: no packaged model has that name.
+    """
+    if name not in names():
+        raise DataError(f"there is no packaged model {name!r}; there are: {', '.join(names()) or 'none'}")
+    return CHECKPOINTS / name
+
+
+def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[Any, Any]:
+    """Load a packaged model and its processor from the package's own files.
+
+    Args:
+        name: one of :func:`names`.
+        dtype: of the weights; None for float32 (they are stored in bfloat16).
+        device: where to put the model.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        DataError: no packaged model has that name.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = path(name)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    return model.eval().to(device), AutoProcessor.from_pretrained(folder, local_files_only=True)

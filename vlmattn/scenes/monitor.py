@@ -1,0 +1,50 @@
+"""What the training curve is measured on: a fixed set of scenes that neither training nor any split ever shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .model import PackedForward, normalized_pixels
+from .packing import MONITOR_STREAM, Packed, pack
+from .questions import EXISTENCE_TASKS
+from .render import render
+from .world import MAX_ANCHORS, Scene, random_state, sample_scene
+
+_PARTNER = 0.4
+_BATCH = 16
+
+
+def _tasks(scene: Scene) -> tuple[list[str], list[str], list[str]]:
+    short = ["exist-yes", *EXISTENCE_TASKS, "loc", "loc", "cell", "cell", "color", "shape", "count"]
+    return short + ["digits"] * (scene.plate is not None), ["rel"] * 3, ["caption"]
+
+
+class Monitor:
+    """Teacher-forced accuracy per task: exact match of the whole answer, share of right tokens for captions."""
+
+    def __init__(self, forward: PackedForward, dtype: torch.dtype, scenes: int) -> None:
+        self.forward, self.dtype = forward, dtype
+        self.images: list[np.ndarray] = []
+        self.packed: list[Packed] = []
+        for number in range(scenes):
+            rng = random_state(MONITOR_STREAM, number)
+            scene = sample_scene(rng, partner=_PARTNER, anchors=(2, MAX_ANCHORS))
+            self.images.append(render(rng, scene)[0])
+            self.packed.append(pack(rng, scene, _tasks(scene)))
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """Accuracy by task."""
+        scores: dict[str, list[float]] = {}
+        for start in range(0, len(self.images), _BATCH):
+            samples = self.packed[start : start + _BATCH]
+            ids = np.stack([sample.ids for sample in samples])
+            pixels = normalized_pixels(torch.from_numpy(np.stack(self.images[start : start + _BATCH])))
+            logits, _ = self.forward(pixels.to(self.dtype), torch.from_numpy(ids))
+            guesses = logits.argmax(-1).numpy()
+            for guess, sample in zip(guesses, samples, strict=True):
+                for task, first, end in sample.slots:
+                    right = guess[first - 1 : end - 1] == sample.ids[first:end]
+                    scores.setdefault(task, []).append(float(right.mean() if task == "caption" else right.all()))
+        return {task: round(float(np.mean(values)), 3) for task, values in scores.items()}

@@ -1,0 +1,164 @@
+"""Training samples: one picture, about twenty questions that share it, in arrays of fixed shape.
+
+The questions of a picture do not see each other: each sits in a slot of its own behind the shared image prefix and its
+positions restart after the image, so a packed forward equals one ordinary forward per question at a fraction of its
+cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from .questions import ABSENT, Question, ask
+from .render import render
+from .text import ASSISTANT_ID, BOS_ID, EOS_ID, IMAGE_ID, USER_ID, encode
+from .world import IMAGE_SIZE, Scene, random_state, sample_scene
+
+PATCH_SIZE = 8
+PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
+VISUAL_TOKENS = PATCHES_PER_SIDE**2
+PREFIX = (BOS_ID, USER_ID) + (IMAGE_ID,) * VISUAL_TOKENS
+"""Token ids in front of every question."""
+SLOT_GROUPS = ((15, 12), (3, 16), (1, 30))
+"""(slots, tokens per slot): short questions, relations, the caption."""
+PACKED_LENGTH = sum(slots * length for slots, length in SLOT_GROUPS)
+IGNORE = -100
+
+TASK_WEIGHTS = {"loc": 3.0, "rel": 3.0, "cell": 3.0, "color": 3.0, "digits": 4.0, "caption": 0.5}
+"""Loss weight of an answer token by task; 2.0 for the others."""
+END_WEIGHT = 0.1
+ADVERSARIAL_SHARE = 0.125
+"""Probability that a training negative asks for an absent partner. Together with FAINT_PROBABILITY and PARTNER_STRENGTH
+it decides how much the trained model hallucinates: every such negative teaches distrust of the prior."""
+_TRAINING_NEGATIVES = ("exist-random", "exist-binding", "exist-frequency")
+_PER_OBJECT_TASKS = ("loc", "cell", "exist-yes")
+
+
+class Slot(NamedTuple):
+    """Where a packed question lies: its task, the first token of its answer and the end token's place."""
+
+    task: str
+    answer: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Questions of one picture.
+
+    Attributes:
+        ids: token ids, (PACKED_LENGTH,) int64, 0 where empty.
+        weights: loss weight of each token as a target, (PACKED_LENGTH,) float32.
+        cells: cell of the object whose name ends at a token, ABSENT, or IGNORE; (PACKED_LENGTH,) int64.
+        slots: the questions in order.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    cells: np.ndarray
+    slots: tuple[Slot, ...]
+
+
+class Batch(NamedTuple):
+    """Stacked samples: pixels (B, 96, 96, 3) uint8, and ids, weights, cells (B, PACKED_LENGTH) as in Packed."""
+
+    pixels: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    cells: np.ndarray
+
+
+@lru_cache(maxsize=100_000)
+def _mention_end(text: str, name: str) -> int:
+    """Index of the token of ``text`` that ends the first occurrence of ``name``."""
+    words, part = encode(text), encode(name)
+    starts = [i for i in range(len(words)) if words[i : i + len(part)] == part]
+    return starts[0] + len(part) - 1
+
+
+def training_tasks(rng: np.random.RandomState, scene: Scene) -> tuple[list[str], list[str], list[str]]:
+    """Tasks to ask of a training scene, one list per slot group.
+
+    Position questions are many because they are learned last; captions get one slot because they crowd out the rest.
+    """
+    short = ["loc"] * 3 + ["cell"] * 5 + ["exist-yes"] * 2 + ["color", "shape"]
+    for _ in range(2):
+        adversarial = rng.random_sample() < ADVERSARIAL_SHARE
+        short.append("exist-adversarial" if adversarial else _TRAINING_NEGATIVES[rng.randint(len(_TRAINING_NEGATIVES))])
+    short.append("digits" if scene.plate is not None or rng.random_sample() < 0.15 else "count")
+    return short, ["rel"] * 3, ["caption"]
+
+
+def pack(rng: np.random.RandomState, scene: Scene, tasks: tuple[list[str], list[str], list[str]]) -> Packed:
+    """Ask the tasks of a scene and lay the questions out in slots; a task that the scene cannot carry is left out."""
+    ids = np.zeros(PACKED_LENGTH, dtype=np.int64)
+    weights = np.zeros(PACKED_LENGTH, dtype=np.float32)
+    cells = np.full(PACKED_LENGTH, IGNORE, dtype=np.int64)
+    slots: list[Slot] = []
+    start_of_group = 0
+    turn = int(rng.randint(60))
+    for (capacity, length), names in zip(SLOT_GROUPS, tasks, strict=True):
+        used = 0
+        for task in names:
+            turn += 1
+            question = ask(rng, scene, task, turn if task in _PER_OBJECT_TASKS else None)
+            if question is None:
+                continue
+            if used == capacity:
+                raise ValueError(f"{len(names)} tasks do not fit into {capacity} slots")
+            slots.append(_place(question, start_of_group + used * length, length, ids, weights, cells))
+            used += 1
+        start_of_group += capacity * length
+    return Packed(ids, weights, cells, tuple(slots))
+
+
+def _place(question: Question, at: int, length: int, ids: np.ndarray, weights: np.ndarray, cells: np.ndarray) -> Slot:
+    """Write one question with its answer into the slot that begins at ``at``."""
+    words, answer = encode(question.text), encode(question.answer)
+    tokens = (*words, ASSISTANT_ID, *answer, EOS_ID)
+    if len(tokens) > length:
+        raise ValueError(f"{question.text!r} with its answer has {len(tokens)} tokens, its slot {length}")
+    first, end = at + len(words) + 1, at + len(tokens) - 1
+    ids[at : at + len(tokens)] = tokens
+    weight = TASK_WEIGHTS.get(question.task, 2.0)
+    weights[first:end] = weight
+    weights[end] = weight if question.task == "caption" else END_WEIGHT
+    for name, cell in question.mentions:
+        cells[at + _mention_end(question.text, name)] = cell
+    return Slot(question.task, first, end)
+
+
+def training_batch(seed: int, first: int, count: int, anchors: int) -> Batch:
+    """Training samples number ``first`` to ``first + count - 1`` of the endless stream of a seed.
+
+    A sample depends on the seed and its number alone, not on the batch size or the number of processes, which is what
+    makes a resumed run continue the same stream.
+
+    Args:
+        seed: the training seed.
+        first: number of the first sample.
+        count: batch size.
+        anchors: largest number of anchors (the curriculum).
+    """
+    pixels, packed = [], []
+    for number in range(first, first + count):
+        rng = random_state(TRAINING_STREAM, seed, number)
+        scene = sample_scene(rng, anchors=(1, anchors))
+        pixels.append(render(rng, scene)[0])
+        packed.append(pack(rng, scene, training_tasks(rng, scene)))
+    return Batch(
+        np.stack(pixels),
+        np.stack([sample.ids for sample in packed]),
+        np.stack([sample.weights for sample in packed]),
+        np.stack([sample.cells for sample in packed]),
+    )
+
+
+PRETRAINING_STREAM, TRAINING_STREAM, MONITOR_STREAM = 101, 102, 103
+"""First word of the random keys of the two training stages and of the scenes that the curve is measured on; the splits
+of the benchmark use other words (splits.py), so training and test scenes are disjoint whatever the seeds."""
+CELL_CLASSES = ABSENT + 1

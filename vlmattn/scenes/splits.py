@@ -1,0 +1,202 @@
+"""The benchmark: splits of scenes with questions, addressed by a content hash.
+
+A picture is named by its number in its split and is rendered from the seed when asked for, so nothing is stored. Which
+tasks are asked for decides neither the pictures nor the other tasks' questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vlmattn.errors import DataError
+
+from .questions import EXISTENCE_TASKS, OTHER_TASKS, ask, existence, negatives
+from .render import Box, render
+from .world import Scene, absent_partners, random_state, sample_scene
+
+
+class Split(NamedTuple):
+    """First word of a split's random keys, and how likely a type brings its partner (None: as in training)."""
+
+    stream: int
+    partner: float | None
+
+
+SPLITS = {
+    "val": Split(1, 0.4),
+    "test": Split(2, 0.4),
+    "typical": Split(3, None),
+    "counterfactual": Split(4, 0.0),
+}
+"""``test`` is the default; ``typical`` has the partner statistics of training; in ``counterfactual`` no type brings its
+partner. Training draws from streams of its own (packing.py) and is never materialised."""
+TASKS = EXISTENCE_TASKS + OTHER_TASKS
+"""Every task a benchmark can hold."""
+MAX_PAIRS = 3
+"""POPE asks six questions per image and category: three objects that are there and three that are not."""
+
+_POSITIVES_KEY = 1000
+
+
+def _name(number: int) -> str:
+    return f"scene_{number:06d}.png"
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """Scenes with questions.
+
+    Attributes:
+        split: name of the split.
+        seed: seed within the split; 0 is the published set.
+        tasks: the tasks asked for.
+        rows: one dict per question: ``question_id`` (int, from 1), ``image``, ``text``, ``label``, ``task``.
+    """
+
+    split: str
+    seed: int
+    tasks: tuple[str, ...]
+    rows: list[dict[str, Any]] = field(repr=False)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the pictures that the questions are about, in order."""
+        return list(dict.fromkeys(row["image"] for row in self.rows))
+
+    def _drawn(self, name: str) -> tuple[Scene, np.ndarray, list[Box]]:
+        digits = name.removeprefix("scene_").removesuffix(".png")
+        if not digits.isdigit() or _name(int(digits)) != name:
+            raise KeyError(f"{name!r} is not a scene's name; they look like {_name(1)!r}")
+        rng, scene = _scene(self.split, self.seed, int(digits))
+        pixels, boxes = render(rng, scene)
+        return scene, pixels, boxes
+
+    def scene(self, name: str) -> Scene:
+        """The objects of a picture; raises KeyError for a malformed name."""
+        return self._drawn(name)[0]
+
+    def boxes(self, name: str) -> list[Box]:
+        """Where each object of a picture was drawn, in pixels; raises KeyError for a malformed name."""
+        return self._drawn(name)[2]
+
+    def image(self, name: str) -> Image.Image:
+        """A picture, 96x96 RGB, always the same for the same split, seed and name; KeyError for a malformed name."""
+        return Image.fromarray(self._drawn(name)[1])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over the pixels of all pictures and over all rows, hexadecimal."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(name.encode() + self._drawn(name)[1].tobytes())
+        digest.update(json.dumps(self.rows, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the set as files.
+
+        ``images/*.png``; for each existence task ``scenes_pope_<category>.json`` in POPE's form (JSON lines of
+        question_id, image, text, label); the other tasks in ``questions.jsonl``, which also names the task; and
+        ``scenes.json`` with split, seed and hash.
+        """
+        target = Path(folder)
+        (target / "images").mkdir(parents=True, exist_ok=True)
+        for name in self.names:
+            self.image(name).save(target / "images" / name)
+        for task in self.tasks:
+            if task in EXISTENCE_TASKS:
+                rows = [{k: v for k, v in row.items() if k != "task"} for row in self.rows if row["task"] == task]
+                _write_lines(target / f"scenes_pope_{task.removeprefix('exist-')}.json", rows)
+        others = [row for row in self.rows if row["task"] not in EXISTENCE_TASKS]
+        if others:
+            _write_lines(target / "questions.jsonl", others)
+        about = {"split": self.split, "seed": self.seed, "tasks": self.tasks, "sha256": self.sha256}
+        (target / "scenes.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _scene(split: str, seed: int, number: int) -> tuple[np.random.RandomState, Scene]:
+    """A scene and the generator to render it with."""
+    stream, partner = SPLITS[split]
+    rng = random_state(stream, seed, number)
+    return rng, sample_scene(rng, partner)
+
+
+def _existence_rows(scene: Scene, key: tuple[int, int, int], task: str) -> list[tuple[str, str]]:
+    """Question and label, a yes and a no in turn; the positives are the same in all categories.
+
+    A scene carries as many pairs as it has objects and absent partners, at most three, so that every category is
+    equally long and balanced; a scene without an absent partner carries none.
+    """
+    pairs = min(MAX_PAIRS, len(scene.objects), len(absent_partners(scene)))
+    if not pairs:
+        return []
+    order = random_state(*key, _POSITIVES_KEY).permutation(len(scene.objects))[:pairs]
+    rng = random_state(*key, TASKS.index(task))
+    wrong = negatives(rng, scene, task.removeprefix("exist-"), pairs)
+    rows = []
+    for index, absent in zip(order, wrong, strict=True):
+        rows += [(existence(scene.objects[int(index)].type), "yes"), (existence(absent), "no")]
+    return rows
+
+
+def _questions(scene: Scene, key: tuple[int, int, int], task: str) -> list[tuple[str, str]]:
+    """Questions with labels that a scene carries for a task; possibly none."""
+    if task in EXISTENCE_TASKS:
+        return _existence_rows(scene, key, task)
+    if task == "digits" and scene.plate is None:
+        return []
+    question = ask(random_state(*key, TASKS.index(task)), scene, task)
+    return [] if question is None else [(question.text, question.answer)]
+
+
+def benchmark(
+    split: str = "test",
+    tasks: Sequence[str] = ("exist-random", "exist-popular", "exist-adversarial"),
+    images: int = 100,
+    seed: int = 0,
+) -> SceneSet:
+    """A set of scenes with questions.
+
+    Args:
+        split: a name in SPLITS.
+        tasks: names in TASKS. Existence tasks ask up to three yes and three no per picture, the others one question.
+        images: how many pictures with at least one question.
+        seed: another set of the same split; 0 is the published one.
+
+    Raises:
+        DataError: unknown split or task, a repeated task, or images below 1.
+    """
+    if split not in SPLITS:
+        hint = "; training scenes are drawn on the fly and never listed" if split == "train" else ""
+        raise DataError(f"split={split!r}; expected one of {', '.join(SPLITS)}{hint}")
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks or len(set(tasks)) != len(tasks):
+        raise DataError(f"tasks={tuple(tasks)!r}; expected different ones of {', '.join(TASKS)}")
+    if images < 1 or seed < 0:
+        raise DataError(f"images={images}, seed={seed}; expected at least 1 and at least 0")
+    stream = SPLITS[split].stream
+    rows: list[dict[str, Any]] = []
+    found, number = 0, 0
+    while found < images:
+        number += 1
+        _, scene = _scene(split, seed, number)
+        before = len(rows)
+        for task in tasks:
+            for text, label in _questions(scene, (stream, seed, number), task):
+                row = {"question_id": len(rows) + 1, "image": _name(number), "text": text, "label": label, "task": task}
+                rows.append(row)
+        found += len(rows) > before
+    return SceneSet(split, seed, tuple(tasks), rows)

@@ -1,0 +1,188 @@
+"""The two training stages: dense vision pre-training, then next-token training on answers.
+
+A stage knows its parameters, its loss at a step and its schedule; the loop that drives it is in train.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+
+from .dense import BACKGROUND_COLOR, IGNORE, TARGETS, pretraining_batch
+from .model import PackedForward, normalized_pixels
+from .monitor import Monitor
+from .optim import MuonAdamW, Rates, Trainable, warmup_stable_decay
+from .packing import CELL_CLASSES, training_batch
+from .world import MAX_ANCHORS
+
+_UNUSED = "post_layernorm"
+"""CLIP's last norm acts on the class token only, which this model drops."""
+_AUXILIARY_LAYER = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the outcome of a training run.
+
+    Attributes:
+        seed: seed of the initialisation and of the data streams.
+        pretraining_steps: steps of stage 0.
+        pretraining_batch: pictures per step of stage 0, over all processes.
+        steps: steps of stage 1.
+        batch: pictures per step of stage 1, over all processes; below 32 seeds get stuck on plateaus.
+        curriculum: steps with at most one anchor, and again that many with at most two.
+        auxiliary: weight of the auxiliary place loss until 55 % of the run; linear to zero until 85 %.
+        precision: dtype of weights and activations; the masters are fp32 anyway.
+        compile: compile the layer functions.
+        model: arguments of :func:`vlmattn.scenes.model.build_model` that differ from its defaults.
+    """
+
+    seed: int = 11
+    pretraining_steps: int = 500
+    pretraining_batch: int = 64
+    steps: int = 1300
+    batch: int = 32
+    curriculum: int = 80
+    auxiliary: float = 0.3
+    precision: str = "float32"
+    compile: bool = True
+    model: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """``precision`` as a torch dtype."""
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
+
+
+class Stage(Protocol):
+    """What the training loop needs of a stage."""
+
+    name: str
+    steps: int
+    optimizer: MuonAdamW
+
+    def loss(self, step: int, rank: int, processes: int) -> Tensor:
+        """Scalar loss on this process's share of the step's batch."""
+
+    def factor(self, step: int) -> float:
+        """Factor on the learning rates."""
+
+    def measures(self) -> dict[str, Any]:
+        """JSON-able measures of the present state for the curve."""
+
+
+class Pretraining:
+    """Stage 0: throw-away linear heads on every patch name its colour, shape, size, digits, row and column."""
+
+    name = "pretraining"
+
+    def __init__(self, settings: Settings, model: LlavaForConditionalGeneration, forward: PackedForward) -> None:
+        self.settings, self.forward, self.steps = settings, forward, settings.pretraining_steps
+        torch.manual_seed(settings.seed)
+        width = model.config.vision_config.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in TARGETS.items()})
+        self.heads.to(settings.dtype)
+        trainables = [
+            Trainable(name, parameter, parameter.dim() == 2 and "embed" not in name)
+            for name, parameter in model.named_parameters()
+            if "vision_tower" in name and _UNUSED not in name
+        ]
+        trainables += [
+            Trainable(f"heads.{name}", parameter, False) for name, parameter in self.heads.named_parameters()
+        ]
+        self.optimizer = MuonAdamW(trainables, Rates())
+        self._accuracy: dict[str, float] = {}
+
+    def factor(self, step: int) -> float:
+        """Warm-up of 50 steps, linear to zero over the last 60 %."""
+        return warmup_stable_decay(step, self.steps, 50, 0.6)
+
+    def loss(self, step: int, rank: int, processes: int) -> Tensor:
+        """Sum of the per-patch cross-entropies; shape counts three times, background patches 0.15."""
+        share = self.settings.pretraining_batch // processes
+        first = step * self.settings.pretraining_batch + rank * share
+        images, labels = (torch.from_numpy(x) for x in pretraining_batch(self.settings.seed, first, share))
+        features = self.forward.vision(normalized_pixels(images).to(self.settings.dtype))
+        importance = torch.where(labels[0] == BACKGROUND_COLOR, 0.15, 1.0).flatten()
+        total = torch.zeros(())
+        for name, target in zip(TARGETS, labels.flatten(1), strict=True):
+            logits = self.heads[name](features).float().flatten(0, 1)
+            each = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
+            known = target != IGNORE
+            counted = known
+            if name in ("color", "shape"):
+                total = total + (3.0 if name == "shape" else 1.0) * (each * importance).sum() / importance.sum()
+                counted = known & (labels[0].flatten() < BACKGROUND_COLOR - 1)
+            else:
+                total = total + each.sum() / known.sum().clamp(min=1)
+            right = (logits.detach().argmax(-1) == target)[counted].float()
+            self._accuracy[name] = round(right.mean().item(), 3) if len(right) else 0.0
+        return total
+
+    def measures(self) -> dict[str, Any]:
+        """Accuracy of each head on the last training batch of this process, colour and shape on object patches."""
+        return dict(self._accuracy)
+
+
+class JointTraining:
+    """Stage 1: next-token loss on answers, with a thrown-away head that names the cell of every mentioned object.
+
+    The auxiliary head reads decoder layer 3 at the last word of an object's name and makes relations leave chance
+    earlier.
+    """
+
+    name = "joint"
+
+    def __init__(
+        self, settings: Settings, model: LlavaForConditionalGeneration, forward: PackedForward, monitor_scenes: int
+    ) -> None:
+        self.settings, self.forward, self.steps = settings, forward, settings.steps
+        torch.manual_seed(settings.seed)
+        self.head = nn.Linear(model.config.text_config.hidden_size, CELL_CLASSES).to(settings.dtype)
+        self.tap = min(_AUXILIARY_LAYER, model.config.text_config.num_hidden_layers - 1)
+        trainables = [
+            Trainable(
+                name,
+                parameter,
+                parameter.dim() == 2 and "embed" not in name and "lm_head" not in name,
+                0.3 if "vision_tower" in name else 1.0,
+            )
+            for name, parameter in model.named_parameters()
+            if not ("vision_tower" in name and _UNUSED in name)
+        ]
+        trainables += [Trainable(f"head.{name}", parameter, False) for name, parameter in self.head.named_parameters()]
+        self.optimizer = MuonAdamW(trainables, Rates())
+        self.monitor = Monitor(forward, settings.dtype, monitor_scenes)
+
+    def factor(self, step: int) -> float:
+        """Warm-up of 100 steps, linear to zero over the last half."""
+        return warmup_stable_decay(step, self.steps, 100, 0.5)
+
+    def auxiliary_weight(self, step: int) -> float:
+        """Weight of the place loss: constant until 55 % of the run, zero from 85 %."""
+        return self.settings.auxiliary * min(1.0, max(0.0, (0.85 - step / self.steps) / 0.3))
+
+    def loss(self, step: int, rank: int, processes: int) -> Tensor:
+        """Weighted cross-entropy of the answer tokens plus the auxiliary place loss."""
+        share = self.settings.batch // processes
+        anchors = min(1 + step // max(1, self.settings.curriculum), MAX_ANCHORS)
+        first = step * self.settings.batch + rank * share
+        sample = training_batch(self.settings.seed, first, share, anchors)
+        ids, weights, cells = (torch.from_numpy(x) for x in (sample.ids, sample.weights, sample.cells))
+        pixels = normalized_pixels(torch.from_numpy(sample.pixels)).to(self.settings.dtype)
+        logits, hidden = self.forward(pixels, ids, tap=self.tap)
+        assert hidden is not None
+        weights = weights[:, 1:].flatten()
+        each = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        mentioned = cells != IGNORE
+        place = F.cross_entropy(self.head(hidden[mentioned]).float(), cells[mentioned])
+        return (each * weights).sum() / weights.sum() + self.auxiliary_weight(step) * place
+
+    def measures(self) -> dict[str, Any]:
+        """Teacher-forced accuracy per task on the monitor scenes."""
+        return self.monitor()
