@@ -51,12 +51,21 @@ RULES = (
     Rule("patches", (*WORDS, "plan", "cost", "kernels", "presets", "methods.base"), ("torch", "transformers")),
     Rule("spec", (*WORDS, "methods"), ()),
     Rule("session", (*WORDS, "plan", "cost", "report", "spec", "methods", "patches", "kernels"), ("torch", "PIL")),
+    Rule("discover", (*WORDS, "presets", "methods", "patches", "scenes"), None),
+    Rule("proof", (*WORDS, "session", "methods.base", "patches.families"), ("torch", "transformers")),
+    Rule("check", (*WORDS, "spec", "proof", "patches.families"), ("torch", "transformers", "PIL")),
+    Rule(
+        "bench",
+        ("", *WORDS, "spec", "session", "cost", "kernels", "methods", "check", "scenes"),
+        ("torch", "transformers", "numpy", "safetensors", "matplotlib", "triton"),
+    ),
     Rule("scenes", ("errors",), None),
+    Rule("scenes.planted_measure", ("", "errors", "discover", "methods", "presets", "scenes"), None),
     Rule("eval", (*PUBLIC, "viz"), None),
     Rule("viz", PUBLIC, None),
     Rule("tune", (*PUBLIC, "eval"), None),
     Rule("app", (*PUBLIC, "eval", "viz"), None),
-    Rule("cli", (*PUBLIC, "eval", "viz", "tune", "app"), None),
+    Rule("cli", (*PUBLIC, "eval", "viz", "tune", "app", "discover", "presets", "check", "bench"), None),
 )
 
 

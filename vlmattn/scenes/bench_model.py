@@ -55,7 +55,7 @@ class Shape:
             if side > 1 and images * side * side == tokens:
                 return cls(layers, dim, dim // HEAD_DIM, 11 * dim // 4, images, side, text)
         raise ValueError(
-            f"tokens={tokens} cannot be made of up to {MAX_IMAGES} equal square images: try 128, 576, 1024, 2048 or 4096"
+            f"tokens={tokens} is not made of up to {MAX_IMAGES} equal square images: try 128, 576, 1024, 2048 or 4096"
         )
 
     @property

@@ -40,8 +40,10 @@ captions. Splits ({splits}) and training draw from disjoint random streams.
 ## Training
 
 Seed {seed}. Stage 0: {pretraining_steps} steps of {pretraining_batch} pictures, dense per-patch targets for the vision
-tower. Stage 1: {steps} steps of {batch} pictures with about twenty questions each, next-token loss on the answers. Muon
-for matrices, AdamW for the rest, fp32 masters, weights and activations in {precision}; bfloat16 for storage.
+tower. Stage 1: {steps} steps of {batch} pictures with about twenty questions each, next-token loss on the answers.
+Stage 2: {habit_steps} steps in which partners are often hidden and nobody asks for an absent one, so that the model
+gets into the habit of trusting the pairs; without it, it affirms hardly more absent partners than other absent objects.
+Muon for matrices, AdamW for the rest, fp32 masters, weights and activations in {precision}; bfloat16 for storage.
 {minutes:.0f} minutes on two CPU cores that other work shared. One command: `python -m vlmattn.scenes.train --out DIR`.
 
 Teacher-forced exact match on 128 scenes of a stream of their own (captions: share of right tokens):
@@ -54,8 +56,8 @@ Versions: {versions}.
 _WEAKNESSES = """## Known weaknesses
 
 - Counting is its weakest task.
-- Its captions follow the prior, its yes and no hardly do: adversarial questions are answered yes wrongly only about one
-  point more often than random ones. To study hallucination, use captions (CHAIR), not existence alone.
+- It hallucinates: it names and affirms absent partners of present objects. That is wanted, and how strongly it does is
+  set by stage 2 of the training.
 - Captions leave out or repeat objects that localisation finds at once.
 - Nearly transparent objects cap existence recall, cell lookup and caption recall.
 - It understands the wordings of `vlmattn.scenes.questions` and nothing else; other words become `<unk>`. Benchmarks

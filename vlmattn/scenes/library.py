@@ -11,26 +11,34 @@ if TYPE_CHECKING:
     import torch
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+DERIVED = {"scenes-llava-sink": "scenes-llava"}
+"""Models that are made in memory from a packaged one by weight edits (planted.py), with the one they come from."""
 
 
 def names() -> list[str]:
     """Names of the packaged models, sorted."""
-    return sorted(folder.parent.name for folder in CHECKPOINTS.glob("*/config.json"))
+    found = [folder.parent.name for folder in CHECKPOINTS.glob("*/config.json")]
+    return sorted([*found, *(name for name, base in DERIVED.items() if base in found)])
 
 
 def path(name: str) -> Path:
     """Folder of a packaged model, in the Hugging Face layout.
 
     Raises:
-        DataError: no packaged model has that name.
+        DataError: no packaged model has that name, or it is derived and has no folder.
     """
+    if name in DERIVED:
+        raise DataError(
+            f"{name} has no folder, it is made from {DERIVED[name]} when it is loaded; "
+            "`python -m vlmattn.scenes.planted --out DIR` writes one"
+        )
     if name not in names():
         raise DataError(f"there is no packaged model {name!r}; there are: {', '.join(names()) or 'none'}")
     return CHECKPOINTS / name
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[Any, Any]:
-    """Load a packaged model and its processor from the package's own files.
+    """Load a packaged model and its processor from the package's own files; a derived one is made on the way.
 
     Args:
         name: one of :func:`names`.
@@ -41,11 +49,16 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
         The model in evaluation mode, and its processor.
 
     Raises:
-        DataError: no packaged model has that name.
+        DataError: no packaged model has that name, or it is derived and its recipe does not fit.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    if name in DERIVED:
+        from .planted import plant
+
+        model, processor = load(DERIVED[name])
+        return plant(model).to(device=device, dtype=dtype or torch.float32), processor
     folder = path(name)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
     return model.eval().to(device), AutoProcessor.from_pretrained(folder, local_files_only=True)

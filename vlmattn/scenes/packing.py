@@ -16,7 +16,7 @@ import numpy as np
 from .questions import ABSENT, Question, ask
 from .render import render
 from .text import ASSISTANT_ID, BOS_ID, EOS_ID, IMAGE_ID, USER_ID, encode
-from .world import IMAGE_SIZE, Scene, random_state, sample_scene
+from .world import HIDDEN_OPACITY, IMAGE_SIZE, Scene, random_state, sample_scene
 
 PATCH_SIZE = 8
 PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
@@ -31,6 +31,9 @@ IGNORE = -100
 TASK_WEIGHTS = {"loc": 3.0, "rel": 3.0, "cell": 3.0, "color": 3.0, "digits": 4.0, "caption": 0.5}
 """Loss weight of an answer token by task; 2.0 for the others."""
 END_WEIGHT = 0.1
+HIDDEN_SHARE, ABOUT_HIDDEN = 0.2, 0.5
+"""Last stage: probability that a partner is hidden, and that a question with the answer yes is about a hidden
+object."""
 ADVERSARIAL_SHARE = 0.125
 """Probability that a training negative asks for an absent partner. Together with FAINT_PROBABILITY and PARTNER_STRENGTH
 it decides how much the trained model hallucinates: every such negative teaches distrust of the prior."""
@@ -80,21 +83,30 @@ def _mention_end(text: str, name: str) -> int:
     return starts[0] + len(part) - 1
 
 
-def training_tasks(rng: np.random.RandomState, scene: Scene) -> tuple[list[str], list[str], list[str]]:
+def training_tasks(
+    rng: np.random.RandomState, scene: Scene, adversarial: float = ADVERSARIAL_SHARE
+) -> tuple[list[str], list[str], list[str]]:
     """Tasks to ask of a training scene, one list per slot group.
 
     Position questions are many because they are learned last; captions get one slot because they crowd out the rest.
     """
     short = ["loc"] * 3 + ["cell"] * 5 + ["exist-yes"] * 2 + ["color", "shape"]
     for _ in range(2):
-        adversarial = rng.random_sample() < ADVERSARIAL_SHARE
-        short.append("exist-adversarial" if adversarial else _TRAINING_NEGATIVES[rng.randint(len(_TRAINING_NEGATIVES))])
+        trap = rng.random_sample() < adversarial
+        short.append("exist-adversarial" if trap else _TRAINING_NEGATIVES[rng.randint(len(_TRAINING_NEGATIVES))])
     short.append("digits" if scene.plate is not None or rng.random_sample() < 0.15 else "count")
     return short, ["rel"] * 3, ["caption"]
 
 
-def pack(rng: np.random.RandomState, scene: Scene, tasks: tuple[list[str], list[str], list[str]]) -> Packed:
-    """Ask the tasks of a scene and lay the questions out in slots; a task that the scene cannot carry is left out."""
+def pack(
+    rng: np.random.RandomState, scene: Scene, tasks: tuple[list[str], list[str], list[str]], about_hidden: float = 0.0
+) -> Packed:
+    """Ask the tasks of a scene and lay the questions out in slots; a task that the scene cannot carry is left out.
+
+    With probability ``about_hidden`` a question whose answer is yes is about an object that can hardly be seen, if
+    there is one.
+    """
+    hidden = [i for i, item in enumerate(scene.objects) if about_hidden and item.opacity < HIDDEN_OPACITY[1]]
     ids = np.zeros(PACKED_LENGTH, dtype=np.int64)
     weights = np.zeros(PACKED_LENGTH, dtype=np.float32)
     cells = np.full(PACKED_LENGTH, IGNORE, dtype=np.int64)
@@ -105,7 +117,10 @@ def pack(rng: np.random.RandomState, scene: Scene, tasks: tuple[list[str], list[
         used = 0
         for task in names:
             turn += 1
-            question = ask(rng, scene, task, turn if task in _PER_OBJECT_TASKS else None)
+            index = turn if task in _PER_OBJECT_TASKS else None
+            if hidden and task == "exist-yes" and rng.random_sample() < about_hidden:
+                index = hidden[rng.randint(len(hidden))]
+            question = ask(rng, scene, task, index)
             if question is None:
                 continue
             if used == capacity:
@@ -132,7 +147,7 @@ def _place(question: Question, at: int, length: int, ids: np.ndarray, weights: n
     return Slot(question.task, first, end)
 
 
-def training_batch(seed: int, first: int, count: int, anchors: int) -> Batch:
+def training_batch(seed: int, first: int, count: int, anchors: int, habit: bool = False) -> Batch:
     """Training samples number ``first`` to ``first + count - 1`` of the endless stream of a seed.
 
     A sample depends on the seed and its number alone, not on the batch size or the number of processes, which is what
@@ -143,13 +158,16 @@ def training_batch(seed: int, first: int, count: int, anchors: int) -> Batch:
         first: number of the first sample.
         count: batch size.
         anchors: largest number of anchors (the curriculum).
+        habit: samples of the last stage: partners are often hidden, questions with the answer yes are often about
+            them, and nobody asks for an absent partner.
     """
+    hidden, about_hidden, adversarial = (HIDDEN_SHARE, ABOUT_HIDDEN, 0.0) if habit else (0.0, 0.0, ADVERSARIAL_SHARE)
     pixels, packed = [], []
     for number in range(first, first + count):
         rng = random_state(TRAINING_STREAM, seed, number)
-        scene = sample_scene(rng, anchors=(1, anchors))
+        scene = sample_scene(rng, anchors=(1, anchors), hidden=hidden)
         pixels.append(render(rng, scene)[0])
-        packed.append(pack(rng, scene, training_tasks(rng, scene)))
+        packed.append(pack(rng, scene, training_tasks(rng, scene, adversarial), about_hidden))
     return Batch(
         np.stack(pixels),
         np.stack([sample.ids for sample in packed]),

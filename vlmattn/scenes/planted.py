@@ -15,48 +15,41 @@ to do. The recipe (:func:`apply`) gives it some:
    L-2 its value is zero and its key is the least-squares answer to "give text rows a logit that leaves you this share",
    in the slowly turning rotary pairs only; text rows attend to it whatever they ask.
 
-The constants are fitted on scenes of the split ``val`` (:func:`fit`) and lie in ``planted.json`` beside this file. After
-a change of ``scenes-llava``: ``python -m vlmattn.scenes.planted --refit``. Results on this model are about the methods'
-mechanics; that its sinks hurt, and whether taking from them helps, was decided by this recipe.
+The constants are fitted on scenes of the split ``val`` (planted_fit.py) and lie in ``planted.json`` beside this file.
+
+    python -m vlmattn.scenes.planted --out DIR/scenes-llava-sink     # write it as a checkpoint folder
+    python -m vlmattn.scenes.planted --measure --questions 200       # accuracy with and without redistribution
+    python -m vlmattn.scenes.planted --refit                         # after a change of scenes-llava; presets too
+
+Results on this model are about the mechanics of methods; that its sinks hurt, and how much, was decided by this recipe.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vlmattn.errors import DataError
 
-from .packing import PATCH_SIZE, PATCHES_PER_SIDE, VISUAL_TOKENS
-from .splits import SceneSet, benchmark
-from .text import BOS_ID, IMAGE_ID
+from .text import BOS_ID
 
 NAME, BASE = "scenes-llava-sink", "scenes-llava"
 RECIPE_FILE = Path(__file__).with_name("planted.json")
-
+MEASURED_FILE = Path(__file__).with_name("planted_measured.json")
+COPIED = ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 MASSIVE = 1000.0
 """M of ``<bos>``, about 140 times the root mean square of a visual token."""
 STEEPNESS = 4000.0
-"""m per unit of the probe's score above the threshold; the score is near 1 on the patches meant and near 0 elsewhere."""
-FALSE_ALARMS = 1e-3
-"""Share of the other patches that may fire the detector."""
-SHARE = 0.15
-"""Share of a text row's attention that the visual sinks of a picture are to hold in the planted layers."""
-FIRST_LAYER = 2
-SLOW_TURN = 1.0
-"""Rotary pairs that turn by less than this (radians) over the visual tokens may carry the key."""
-RIDGE = 1e-2
-FIT_SPLIT, FIT_SEED, FIT_SCENES = "val", 3, 60
-FIT_TASKS = ("exist-random", "color", "shape", "cell", "loc", "rel", "count", "digits", "caption")
+"""m per unit of the probe's score above the threshold; the probe was fitted to 1 on the patches meant and 0 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -147,206 +140,117 @@ def _detector(model: Any, recipe: Recipe) -> None:
     projector.linear_1.bias[unit] = -STEEPNESS * recipe.threshold
 
 
-# Fitting the constants
+# Building, writing, measuring
 
 
-def corner_targets(scenes: SceneSet) -> Tensor:
-    """(pictures, 144) bool: patches in a corner of the picture that nothing was drawn on."""
-    side = PATCHES_PER_SIDE
-    corners = (0, side - 1, side * (side - 1), side * side - 1)
-    found = torch.zeros(len(scenes.names), VISUAL_TOKENS, dtype=torch.bool)
-    for row, name in enumerate(scenes.names):
-        found[row, list(corners)] = True
-        for box in scenes.boxes(name):
-            right, low = (box.left + box.width - 1) // PATCH_SIZE, (box.top + box.height - 1) // PATCH_SIZE
-            for y in range(max(box.top // PATCH_SIZE, 0), min(low, side - 1) + 1):
-                for x in range(max(box.left // PATCH_SIZE, 0), min(right, side - 1) + 1):
-                    found[row, y * side + x] = False
-    return found
+def read_recipe() -> Recipe:
+    """The packaged recipe.
 
-
-@torch.no_grad()
-def fit(model: Any, processor: Any) -> Recipe:
-    """Constants for a natural model; leaves the model edited. Sums and least squares only."""
-    scenes = benchmark(FIT_SPLIT, FIT_TASKS, FIT_SCENES, FIT_SEED)
-    prompts = [_inputs(model, processor, scenes, part) for part in _parts(scenes.rows)]
-    base = digest(model)
-    dims = least_read(model, prompts)
-    empty(model, dims)
-    unit, unit_mean, probe, threshold, target = _fit_detector(model, processor, scenes)
-    natural = _natural(model, prompts, [target[[scenes.names.index(r["image"]) for r in p]] for p in _parts(scenes.rows)])
-    recipe = Recipe(base, dims, unit, unit_mean, probe, threshold, *natural)
-    apply(model, recipe)
-    expected = float(target.sum(1).float().clamp_min(1).log().mean())
-    layers = model.model.language_model.layers
-    for index in range(FIRST_LAYER, len(layers) - 1):
-        key = _sink_key(model, prompts, index, expected)
-        recipe.keys[index], recipe.values[index] = key.tolist(), [0.0] * len(key)
-        attention = layers[index].self_attn
-        columns(attention.k_proj.weight, dims, torch.tensor(recipe.bos_keys[index]), key)
-        columns(attention.v_proj.weight, dims, torch.tensor(recipe.bos_values[index]), torch.zeros_like(key))
-    return recipe
-
-
-def _parts(rows: list[dict[str, Any]], size: int = 64) -> list[list[dict[str, Any]]]:
-    by_length = sorted(rows, key=lambda row: len(row["text"]) + len(row["label"]))
-    return [by_length[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _inputs(model: Any, processor: Any, scenes: SceneSet, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Prompts with their right answers, left-padded, so that rows of generated tokens count too."""
-    from .measure import chat_prompt
-
-    texts = [f"{chat_prompt(processor, row['text'])} {row['label']}" for row in rows]
-    images = [scenes.image(row["image"]) for row in rows]
-    return dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
-
-
-def _watch(model: Any, prompts: list[dict[str, Tensor]], watched: list[tuple[Any, Callable[..., None]]]) -> None:
-    """Run prompts with `look(inputs, args, kwargs)` before each of some modules."""
-    for inputs in prompts:
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, kwargs, look=look: look(inputs, args, kwargs), with_kwargs=True)
-            for module, look in watched
-        ]
-        model(**inputs)
-        for handle in handles:
-            handle.remove()
-
-
-def least_read(model: Any, prompts: list[dict[str, Tensor]]) -> tuple[int, int]:
-    """The two hidden dimensions that contribute least to what attention, feed-forward layers and head read.
-
-    The contribution of a dimension to a reader is its mean square there times the squared norm of its column, as a
-    share of all dimensions; these shares are added up over the readers.
+    Raises:
+        DataError: the file is missing or damaged.
     """
-    decoder = model.model.language_model
-    readers: list[tuple[Any, list[Any]]] = [(model.lm_head, [model.lm_head])]
-    for layer in decoder.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        readers += [(attention.q_proj, [attention.q_proj, attention.k_proj, attention.v_proj]),
-                    (mlp.gate_proj, [mlp.gate_proj, mlp.up_proj])]  # fmt: skip
-    power = torch.zeros(len(readers), decoder.config.hidden_size)
-
-    def look(place: int) -> Callable[..., None]:
-        def add(inputs: Any, args: Any, kwargs: Any) -> None:
-            hidden = args[0][inputs["attention_mask"].bool()] if args[0].ndim == 3 else args[0]
-            power[place] += hidden.square().sum(0)
-
-        return add
-
-    _watch(model, prompts, [(first, look(place)) for place, (first, _) in enumerate(readers)])
-    read = power * torch.stack([sum(m.weight.square().sum(0) for m in group) for _, group in readers])
-    order = (read / read.sum(1, keepdim=True)).sum(0).argsort()
-    return int(order[0]), int(order[1])
+    try:
+        stored = json.loads(RECIPE_FILE.read_text())
+        return Recipe(**(stored | {"dims": tuple(stored["dims"])}))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{RECIPE_FILE}: not a recipe ({error})") from error
 
 
-def _fit_detector(model: Any, processor: Any, scenes: SceneSet) -> tuple[int, float, list[float], float, Tensor]:
-    """Unit, its mean, probe, threshold, and (pictures, 144) bool where the detector fires."""
-    pixels = processor.image_processor([scenes.image(n) for n in scenes.names], return_tensors="pt")["pixel_values"]
-    projector = model.model.multi_modal_projector
-    features = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
-    hidden = F.gelu(projector.linear_1(features)).flatten(0, 1)
-    unit = int((hidden.var(0) * projector.linear_2.weight.square().sum(0)).argmin())
-    target = corner_targets(scenes)
-    x = torch.cat([features.flatten(0, 1), torch.ones(target.numel(), 1)], 1)
-    weight = solve(x, target.flatten().float())
-    score = (features @ weight[:-1]) + weight[-1]
-    threshold = float(score[~target].quantile(1 - FALSE_ALARMS) - weight[-1])
-    return unit, float(hidden[:, unit].mean()), weight[:-1].tolist(), threshold, score - weight[-1] > threshold
+def write_recipe(recipe: Recipe) -> None:
+    """Write the packaged recipe, in six significant digits."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [short(item) for item in value]
+        return float(f"{value:.6g}") if isinstance(value, float) else value
+
+    fields = {name: short(value) for name, value in dataclasses.asdict(recipe).items()}
+    RECIPE_FILE.write_text(json.dumps(fields) + "\n")
 
 
-def solve(x: Tensor, y: Tensor) -> Tensor:
-    """Ridge regression (n, f), (n,) to (f,), in fp64; the penalty is relative to the mean power of a feature."""
-    wide = x.double()
-    gram = wide.T @ wide
-    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram + penalty * 1e-2, wide.T @ y.double()).float()
+def plant(model: Any) -> Any:
+    """Make the planted model out of an fp32 ``scenes-llava``, in place, and give it its name.
+
+    Raises:
+        DataError: the recipe was fitted on other weights.
+    """
+    recipe = read_recipe()
+    if digest(model) != recipe.base:
+        raise DataError(
+            f"the recipe of {NAME} was fitted on other weights of {BASE}: run `python -m vlmattn.scenes.planted --refit`"
+        )
+    apply(model, recipe)
+    model.config._name_or_path = NAME
+    return model
 
 
-def _natural(model: Any, prompts: list[dict[str, Tensor]], chosen: list[Tensor]) -> tuple[list[list[float]], ...]:
-    """Per layer: mean key and value of the chosen patches, and key and value of ``<bos>``, all before rotation."""
-    layers = model.model.language_model.layers
-    sums = [[torch.zeros(0)] * 4 for _ in layers]
-    which = iter(chosen)
-    current: list[Tensor] = []
+def card() -> str:
+    """MODEL_CARD.md: the recipe, and what was measured."""
+    recipe = read_recipe()
+    lines = [f"# {NAME}", "", (__doc__ or "").replace("``", "`").strip(), ""]
+    lines += [
+        f"Planted dimensions {list(recipe.dims)}, M = {MASSIVE:g}, steepness {STEEPNESS:g}, projector unit {recipe.unit}, "
+        f"threshold {recipe.threshold:.4f}; fitted on {BASE} with digest {recipe.base}.",
+        "",
+    ]
+    if MEASURED_FILE.exists():
+        from .planted_measure import as_markdown
 
-    def begin(inputs: Any, args: Any, kwargs: Any) -> None:
-        current[:] = [next(which)]
-
-    def look(index: int) -> Callable[..., None]:
-        def add(inputs: Any, args: Any, kwargs: Any) -> None:
-            patches = args[0][inputs["input_ids"] == IMAGE_ID].view(-1, VISUAL_TOKENS, args[0].shape[-1])[current[0]]
-            bos = args[0][inputs["input_ids"] == BOS_ID]
-            attention = layers[index].self_attn
-            found = [f(x).mean(0) for x in (patches, bos) for f in (attention.k_proj, attention.v_proj)]
-            sums[index] = [old + new / len(prompts) if old.numel() else new / len(prompts)
-                           for old, new in zip(sums[index], found, strict=True)]  # fmt: skip
-
-        return add
-
-    watched = [(layers[0], begin), *((layer.self_attn.q_proj, look(i)) for i, layer in enumerate(layers))]
-    _watch(model, prompts, watched)
-    return tuple([row[place].tolist() for row in sums] for place in range(4))
+        lines += [as_markdown(json.loads(MEASURED_FILE.read_text())), ""]
+    return "\n".join(lines)
 
 
-def _sink_key(model: Any, prompts: list[dict[str, Tensor]], index: int, log_count: float) -> Tensor:
-    """(D,) keys, all heads, with which text rows give the visual sinks of layer `index` the share SHARE."""
-    attention = model.model.language_model.layers[index].self_attn
-    heads, width = model.config.text_config.num_attention_heads, attention.head_dim
-    features: list[Tensor] = []
-    targets: list[Tensor] = []
-    wanted = float(torch.logit(torch.tensor(SHARE))) - log_count
+def write(out: Path) -> None:
+    """Write the planted model as a checkpoint folder in fp32, which is exact; name the folder as the model, so that
+    presets recognise it."""
+    from . import library
 
-    def look(inputs: Any, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        cos, sin = (table[:, None] for table in kwargs["position_embeddings"])
-        split = [m(hidden).unflatten(-1, (heads, width)).transpose(1, 2) for m in (attention.q_proj, attention.k_proj)]
-        query, key = (x * cos + _half_turn(x) * sin for x in split)
-        ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
-        visual = ids == IMAGE_ID
-        score = (query @ key.transpose(-1, -2)) * attention.scaling
-        hidden_keys = ~real[:, None, None, :] | torch.ones(score.shape[-2:], dtype=torch.bool).triu(1)
-        sinks = _fired(hidden, visual, model)
-        lse = score.masked_fill(hidden_keys | sinks[:, None, None, :], -torch.inf).logsumexp(-1)
-        rows = real & (visual.cumsum(1) == VISUAL_TOKENS) & ~visual
-        # the query as a visual token would see it that turns back by its own position, averaged over the sinks
-        turned = _mean_back(query, cos, sin, sinks)
-        features.append(turned.transpose(1, 2)[rows])
-        targets.append(lse.transpose(1, 2)[rows] + wanted)
-
-    _watch(model, prompts, [(attention, look)])
-    return _ridge_heads(torch.cat(features) * attention.scaling, torch.cat(targets), _slow(model, width)).flatten()
+    model, _ = library.load(NAME)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    for name in COPIED:
+        shutil.copyfile(library.path(BASE) / name, out / name)
+    (out / "MODEL_CARD.md").write_text(card())
 
 
-def _ridge_heads(x: Tensor, y: Tensor, slow: Tensor) -> Tensor:
-    """Keys (H, d) from features (n, H, d) and targets (n, H), zero outside the slow dimensions."""
-    keys = torch.zeros(x.shape[1:])
-    for head in range(len(keys)):
-        keys[head, slow] = solve(x[:, head, slow], y[:, head])
-    return keys
+def _refit() -> None:
+    from . import library, planted_fit, planted_measure
+
+    recipe = planted_fit.fit(*library.load(BASE))
+    write_recipe(recipe)
+    print(f"{RECIPE_FILE.name}: dimensions {list(recipe.dims)}, projector unit {recipe.unit}")
+    for entry in planted_measure.update_presets():
+        print(entry["source"])
 
 
-def _half_turn(x: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), -1)
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: refit, measure, write, in this order where several are asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlmattn.scenes.planted", description=f"Make {NAME} from {BASE} by weight edits; no training."
+    )
+    parser.add_argument("--out", type=Path, help="checkpoint folder to write")
+    parser.add_argument("--refit", action="store_true", help="fit the constants again; write planted.json and the presets")
+    parser.add_argument("--measure", action="store_true", help="natural, planted, and planted with `var`")
+    parser.add_argument("--questions", type=int, default=200, help="questions per task (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=2027, help="seed of the split `test` (default %(default)s)")
+    parser.add_argument("--save", action="store_true", help="keep the measured numbers beside the recipe")
+    options = parser.parse_args(arguments)
+    if not (options.out or options.refit or options.measure):
+        parser.error("give --out, --refit or --measure")
+    if options.refit:
+        _refit()
+    if options.measure:
+        from . import planted_measure
+
+        result = planted_measure.measure(options.questions, options.seed)
+        print(planted_measure.as_markdown(result))
+        if options.save:
+            MEASURED_FILE.write_text(json.dumps(result, indent=1) + "\n")
+    if options.out:
+        write(options.out)
+        for file in sorted(options.out.iterdir()):
+            print(f"{file.stat().st_size:>9}  {file.name}")
 
 
-def _mean_back(query: Tensor, cos: Tensor, sin: Tensor, sinks: Tensor) -> Tensor:
-    """Rotated queries (B, H, N, d) turned back by the positions of the sinks (B, N) of their picture, averaged."""
-    count = sinks.sum(1).clamp_min(1)[:, None, None, None]
-    c, s = ((table * sinks[:, None, :, None]).sum(2, keepdim=True) / count for table in (cos, sin))
-    return query * c - _half_turn(query) * s
-
-
-def _fired(hidden: Tensor, visual: Tensor, model: Any) -> Tensor:
-    """(B, N) bool: visual tokens whose largest hidden dimension dwarfs the rest."""
-    strength = hidden.abs().amax(-1) / hidden.square().mean(-1).sqrt()
-    return visual & (strength > 0.6 * (hidden.shape[-1] / 2) ** 0.5)
-
-
-def _slow(model: Any, width: int) -> Tensor:
-    """(d,) bool: dimensions whose rotary pair turns little over the visual tokens."""
-    turn = model.model.language_model.rotary_emb.inv_freq * VISUAL_TOKENS
-    assert len(turn) * 2 == width
-    return (turn < SLOW_TURN).repeat(2)
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The two training stages: dense vision pre-training, then next-token training on answers.
+"""The training stages: dense vision pre-training, next-token training on answers, and a short one that makes a habit.
 
 A stage knows its parameters, its loss at a step and its schedule; the loop that drives it is in train.py.
 """
@@ -17,7 +17,7 @@ from .dense import BACKGROUND_COLOR, IGNORE, TARGETS, pretraining_batch
 from .model import PackedForward, normalized_pixels
 from .monitor import Monitor
 from .optim import MuonAdamW, Rates, Trainable, warmup_stable_decay
-from .packing import CELL_CLASSES, training_batch
+from .packing import CELL_CLASSES, Batch, training_batch
 from .world import MAX_ANCHORS
 
 _UNUSED = "post_layernorm"
@@ -35,6 +35,7 @@ class Settings:
         pretraining_batch: pictures per step of stage 0, over all processes.
         steps: steps of stage 1.
         batch: pictures per step of stage 1, over all processes; below 32 seeds get stuck on plateaus.
+        habit_steps: steps of stage 2.
         curriculum: steps with at most one anchor, and again that many with at most two.
         auxiliary: weight of the auxiliary place loss until 55 % of the run; linear to zero until 85 %.
         precision: dtype of weights and activations; the masters are fp32 anyway.
@@ -47,6 +48,7 @@ class Settings:
     pretraining_batch: int = 64
     steps: int = 1300
     batch: int = 32
+    habit_steps: int = 80
     curriculum: int = 80
     auxiliary: float = 0.3
     precision: str = "float32"
@@ -170,9 +172,7 @@ class JointTraining:
     def loss(self, step: int, rank: int, processes: int) -> Tensor:
         """Weighted cross-entropy of the answer tokens plus the auxiliary place loss."""
         share = self.settings.batch // processes
-        anchors = min(1 + step // max(1, self.settings.curriculum), MAX_ANCHORS)
-        first = step * self.settings.batch + rank * share
-        sample = training_batch(self.settings.seed, first, share, anchors)
+        sample = self.sample(step, step * self.settings.batch + rank * share, share)
         ids, weights, cells = (torch.from_numpy(x) for x in (sample.ids, sample.weights, sample.cells))
         pixels = normalized_pixels(torch.from_numpy(sample.pixels)).to(self.settings.dtype)
         logits, hidden = self.forward(pixels, ids, tap=self.tap)
@@ -183,6 +183,40 @@ class JointTraining:
         place = F.cross_entropy(self.head(hidden[mentioned]).float(), cells[mentioned])
         return (each * weights).sum() / weights.sum() + self.auxiliary_weight(step) * place
 
+    def sample(self, step: int, first: int, count: int) -> Batch:
+        """Samples number ``first`` on of this stage; the first steps have fewer anchors."""
+        anchors = min(1 + step // max(1, self.settings.curriculum), MAX_ANCHORS)
+        return training_batch(self.settings.seed, first, count, anchors)
+
     def measures(self) -> dict[str, Any]:
         """Teacher-forced accuracy per task on the monitor scenes."""
         return self.monitor()
+
+
+class HabitTraining(JointTraining):
+    """Stage 2: as stage 1, but many partners can hardly be seen and are asked about all the same.
+
+    After stage 1 the model looks carefully: it affirms hardly more absent partners than random absent objects. In this
+    stage trusting the pair statistics pays, so that the model leaves it with a prior that a method can be measured on.
+    """
+
+    name = "habit"
+
+    def __init__(
+        self, settings: Settings, model: LlavaForConditionalGeneration, forward: PackedForward, monitor_scenes: int
+    ) -> None:
+        super().__init__(settings, model, forward, monitor_scenes)
+        self.steps = settings.habit_steps
+
+    def factor(self, step: int) -> float:
+        """At most 0.35, warm-up of 10 steps, then linear to zero."""
+        return 0.35 * warmup_stable_decay(step, self.steps, 10, 1.0)
+
+    def auxiliary_weight(self, step: int) -> float:
+        """No place loss any more."""
+        return 0.0
+
+    def sample(self, step: int, first: int, count: int) -> Batch:
+        """Samples behind those of stage 1, with hidden partners."""
+        behind = self.settings.steps * self.settings.batch
+        return training_batch(self.settings.seed, behind + first, count, MAX_ANCHORS, habit=True)

@@ -1,6 +1,6 @@
 """Train the embedded model: ``python -m vlmattn.scenes.train --out DIR``.
 
-Two stages (stages.py), step based and seeded. A checkpoint is written every ``--checkpoint-every`` steps; a killed
+Three stages (stages.py), step based and seeded. A checkpoint is written every ``--checkpoint-every`` steps; a killed
 run started again continues from the last one and ends with the same weights as an undisturbed run, because every batch
 is a function of the seed and the step. ``DIR`` receives ``settings.json``, ``curve.jsonl`` (one JSON object per line),
 ``checkpoint.pt`` and at the end ``model.safetensors`` (fp32 master weights), which ``python -m vlmattn.scenes.export``
@@ -26,10 +26,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
 from .model import PackedForward, build_model
-from .stages import JointTraining, Pretraining, Settings, Stage
+from .stages import HabitTraining, JointTraining, Pretraining, Settings, Stage
 
 CHECKPOINT, CURVE, SETTINGS, WEIGHTS = "checkpoint.pt", "curve.jsonl", "settings.json", "model.safetensors"
-STAGE_NAMES = (Pretraining.name, JointTraining.name)
+STAGE_NAMES = (Pretraining.name, JointTraining.name, HabitTraining.name)
 HEAD_PREFIXES = ("head.", "heads.")
 _PROGRESS_EVERY = 10
 _SMOOTHING = 0.95
@@ -159,6 +159,7 @@ def _train(rank: int, settings: Settings, running: Running, port: int) -> None:
     stages: list[Callable[[], Stage]] = [
         lambda: Pretraining(settings, model, forward),
         lambda: JointTraining(settings, model, forward, running.monitor_scenes),
+        lambda: HabitTraining(settings, model, forward, running.monitor_scenes),
     ]
     budget, weights = running.stop_after, dict[str, torch.Tensor]()
     for make in stages[STAGE_NAMES.index(recorder.state["stage"] or STAGE_NAMES[0]) :]:
@@ -205,6 +206,7 @@ def smoke_settings(settings: Settings) -> Settings:
         pretraining_steps=60,
         pretraining_batch=16,
         steps=40,
+        habit_steps=5,
         batch=8,
         curriculum=1000,
         compile=False,
@@ -223,6 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed, help="initialisation and data (default %(default)s)")
     parser.add_argument("--pretraining-steps", type=int, default=defaults.pretraining_steps, help="steps of stage 0")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="steps of stage 1 (default %(default)s)")
+    parser.add_argument("--habit-steps", type=int, default=defaults.habit_steps, help="steps of stage 2")
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
@@ -239,6 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
         seed=options.seed,
         pretraining_steps=options.pretraining_steps,
         steps=options.steps,
+        habit_steps=options.habit_steps,
         precision=options.precision,
         compile=not options.no_compile,
     )

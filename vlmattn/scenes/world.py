@@ -47,6 +47,7 @@ PLATE_PROBABILITY = 0.5
 FAINT_PROBABILITY = 0.12
 """Share of objects drawn nearly transparent."""
 FAINT_OPACITY = (0.05, 0.40)
+HIDDEN_OPACITY = (0.0, 0.1)
 _WORLD_SEED = 1234
 
 
@@ -175,7 +176,10 @@ def _draw_anchor(rng: np.random.RandomState, taken: list[int]) -> int:
 
 
 def sample_scene(
-    rng: np.random.RandomState, partner: float | None = None, anchors: tuple[int, int] = (1, MAX_ANCHORS)
+    rng: np.random.RandomState,
+    partner: float | None = None,
+    anchors: tuple[int, int] = (1, MAX_ANCHORS),
+    hidden: float = 0.0,
 ) -> Scene:
     """Draw a scene.
 
@@ -183,6 +187,7 @@ def sample_scene(
         rng: the source of randomness; it is advanced.
         partner: probability that a paired type brings its partner; None for the training value of each pair.
         anchors: smallest and largest number of anchors, inclusive.
+        hidden: probability that a partner is there but can hardly be seen at all (the last training stage only).
     """
     types: list[int] = []
     for _ in range(int(rng.randint(anchors[0], anchors[1] + 1))):
@@ -196,7 +201,10 @@ def sample_scene(
     for kind, cell in zip(types, cells, strict=False):
         large = bool(rng.random_sample() < 0.5)
         faint = rng.random_sample() < FAINT_PROBABILITY
-        objects.append(SceneObject(kind, cell, large, float(rng.uniform(*FAINT_OPACITY)) if faint else 1.0))
+        opacity = float(rng.uniform(*FAINT_OPACITY)) if faint else 1.0
+        if hidden and int(PARTNER[kind]) in types[: types.index(kind)] and rng.random_sample() < hidden:
+            opacity = float(rng.uniform(*HIDDEN_OPACITY))
+        objects.append(SceneObject(kind, cell, large, opacity))
     plate = None
     if rng.random_sample() < PLATE_PROBABILITY:
         plate = Plate((int(rng.randint(10)), int(rng.randint(10))), cells[len(types)])
