@@ -43,6 +43,7 @@ def content(**more: object) -> page.Content:
         "columns": ["method", "accuracy"],
         "rows": [["none", "84.2 (81.0-87.1)"]],
         "table_notes": ["note"],
+        "section": page.Section("S", "about <it>", ["method", "accuracy"], [["var", "71.5 (70.0-73.0)"]]),
         "plot": plots.accuracy_plot([("g", [plots.Point("none", "none", 144, 84.2, (81.0, 87.1))])]),
         "examples": [example],
         "examples_note": "chosen",
@@ -56,6 +57,7 @@ def test_page_is_self_contained_and_escapes_text() -> None:
     text = page.render(content())
     assert fetched(text) == []
     assert "84.2" in text and "81.0-87.1" in text
+    assert "71.5" in text and "about &lt;it&gt;" in text
     assert "Where is &lt;it&gt;?" in text and "<it>" not in text
     assert text.count("data:image/png;base64,") == 1
     assert "url(http" not in text and "@import" not in text
@@ -82,7 +84,7 @@ def result() -> demo.Result:
 
 
 def test_demo_page_has_every_number_of_its_table(result: demo.Result, tmp_path: Path) -> None:
-    text = page.write(demo.content(result, demo.make_examples(result)), tmp_path / "demo.html").read_text()
+    text = page.write(demo.content(result, result, demo.make_examples(result)), tmp_path / "demo.html").read_text()
     assert fetched(text) == []
     for row, place in zip(result.pope_rows, result.scenes_rows, strict=True):
         assert row.label in text

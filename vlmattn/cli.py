@@ -1,4 +1,4 @@
-"""The command `vlmattn`: demo, run, eval, methods, models. Heavy imports wait inside the commands."""
+"""The command `vlmattn`: demo, run, eval, discover, check, bench, ... Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 
@@ -67,6 +67,9 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="A torch device: cpu, cuda, cuda:1. Default: the first GPU, if any.")
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Let the warnings of transformers through.")]
+PresetOption = Annotated[
+    Path | None, typer.Option(help="Sink dimensions of the model, in a file that vlmattn discover wrote.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")]
 
 
@@ -97,7 +100,7 @@ def demo(
     device: DeviceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """The embedded model with and without pruning: tables here, and one self-contained page.
+    """The embedded model with and without methods: tables here, and one self-contained page.
 
     No download is needed. Accuracy, F1 and intervals stand beside visual tokens, KV bytes and time, and the page
     shows which tokens were kept.
@@ -109,12 +112,16 @@ def demo(
     with models.quiet(not verbose):
         with _status(f"loading {name}"):
             loaded = models.load(name, device=device)
+            planted = models.load(_planted(), device=device)
         with _progress() as progress:
             result = show.measure(loaded, images, progress=progress)
+        with _progress() as progress:
+            sinks = show.measure(planted, images, show.SINK_SPECS, progress=progress)
         with _status("drawing"):
-            path = page.write(show.content(result, show.make_examples(result)), out)
-    for table in show.terminal_tables(result):
-        console.print(table)
+            path = page.write(show.content(result, sinks, show.make_examples(result)), out)
+    for shown in (result, sinks):
+        for table in show.terminal_tables(shown):
+            console.print(table)
     console.print(
         "Results of the embedded scenes model; they claim nothing about real models. "
         f"The page: [bold]{escape(str(path))}[/]"
@@ -135,6 +142,7 @@ def run(
     show: Annotated[Path | None, typer.Option(help="Draw which tokens each stage kept into this picture.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.", min=1)] = 64,
     model: ModelOption = None,
+    preset: PresetOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     verbose: VerboseOption = False,
@@ -142,6 +150,7 @@ def run(
     """One image, one question: the answer with and without, and what it cost."""
     from vlmattn.eval import models, runner, single
 
+    _use_preset(preset)
     specs = runner.split_specs(f"none; {methods}")
     name = models.check_name(model or _embedded())
     picture, asked = single.picture(image, question)
@@ -199,6 +208,7 @@ def evaluate(
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    preset: PresetOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the intervals' resampling and of torch.")] = 0,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Ask the failed records of a former run again.")
@@ -212,6 +222,7 @@ def evaluate(
     from vlmattn.eval import bench as benches
     from vlmattn.eval import models, runner, summary
 
+    _use_preset(preset)
     name = model or _embedded()
     specs = runner.split_specs(methods)
     embedded = models.is_embedded(models.check_name(name))
@@ -229,6 +240,55 @@ def evaluate(
     _end_notes(console, rows, folder)
     if any(row.failed for row in rows):
         raise typer.Exit(INCOMPLETE)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "vlmattn discover\n\n"
+    "vlmattn discover --model ORG/MODEL --image cat.jpg --image street.jpg --out sinks.json\n\n"
+    'vlmattn run cat.jpg "What is this?" --model ORG/MODEL --methods var --preset sinks.json'
+)
+def discover(
+    model: ModelOption = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="An image to look at, best four of them. Default: rendered scenes if embedded, else generated."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write what was found as a preset file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Which hidden dimensions carry attention sinks in a model, and how sure that is; or that it has none.
+
+    Methods that work on sinks need this once for a checkpoint that vlmattn does not know. Eight short prompts are run.
+    """
+    from vlmattn import discover as finder
+    from vlmattn.eval import models
+
+    name = models.check_name(model or _embedded())
+    pictures, source = finder.load_images(image or []) or None, "given"
+    if pictures is None and models.is_embedded(name):
+        pictures, source = finder.scene_pictures(), "scenes"
+    with models.quiet(not verbose):
+        with _status(f"loading {name}"):
+            loaded = models.load(name, dtype, device)
+        with _status("looking"):
+            found = finder.discover(loaded.model, loaded.processor, images=pictures, pictures=source)
+    if out is not None:
+        found.write(
+            out, " ".join(["vlmattn discover --model", name, *(f"--image {file.name}" for file in image or [])])
+        )
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    for part in finder.tables(found):
+        _console().print(part, highlight=False, soft_wrap=isinstance(part, str))
+    if out is not None:
+        _console().print(f"preset: [bold]{escape(str(out))}[/]", highlight=False)
 
 
 @app.command()
@@ -285,6 +345,20 @@ def models(as_json: JsonOption = False) -> None:
         view.add_row(entry["name"], entry["kind"], entry["paper"] or "-", str(entry.get("model_type", "-")), notes)
     _console().print(view)
     _console().print("Use: --model NAME for an embedded one; any checkpoint of a family by its hub id or folder.")
+
+
+def _use_preset(file: Path | None) -> None:
+    from vlmattn import presets
+
+    if file is not None:
+        presets.add(file)
+
+
+def _planted() -> str:
+    """Name of the embedded model with planted attention sinks."""
+    from vlmattn.scenes import names
+
+    return next(name for name in names() if name.endswith("-sink"))
 
 
 def _embedded() -> str:
@@ -368,3 +442,81 @@ def _progress() -> Iterator[Progress]:
             bars.update(tasks[name], completed=done)
 
         yield show
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "vlmattn check\n\n"
+    'vlmattn check --model ORG/MODEL --image cat.jpg --question "What is it?" --methods "fastv(keep=0.5) + vhr"\n\n'
+    "Exit codes: 0 everything that applies was proved; 1 something failed; 2 a mistake, or the methods were refused."
+)
+def check(
+    image: Annotated[str, typer.Option(help="An image file, or scene:NUMBER for a rendered scene.")] = "scene:3",
+    question: Annotated[str | None, typer.Option(help="What to ask. Default: a plain one.")] = None,
+    methods: Annotated[str, typer.Option(help="One spec: what is to be proved.")] = "fastv(keep=0.5) + vhr",
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Prove on your checkpoint that methods do what they say: no-op, removal = masking, generation, undo.
+
+    Prints what was measured, and a support row in markdown. In half precision the bounds are looser; the row says so.
+    """
+    from vlmattn import check as proofs
+    from vlmattn.eval import models, single
+    from vlmattn.spec import parse
+
+    parse(methods)
+    name = models.check_name(model or _embedded())
+    plain = None if image.startswith("scene:") else "What is in the image?"
+    picture, asked = single.picture(image, question or plain)
+    with models.quiet(not verbose):
+        with _status(f"loading {name}"):
+            loaded = models.load(name, dtype, device)
+        with _status("proving"):
+            result = proofs.check(loaded.model, loaded.processor, picture, asked, methods, name=name)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _print_check(result)
+    if not result.passed:
+        raise typer.Exit(INCOMPLETE)
+    if result.refused:
+        raise typer.Exit(MISTAKE)
+
+
+def _print_check(result: Any) -> None:
+    from vlmattn.check import SUPPORT_HEAD
+
+    colours = {"pass": "green", "FAIL": "bold red", "refused": "yellow", "n/a": "dim"}
+    view = _table(f"{result.spec} on {result.model} ({result.dtype})", ("claim", "", "measured", "bound", "compared"))
+    for row in result.rows:
+        verdict = f"[{colours[row.verdict]}]{row.verdict}[/]"
+        numbers = ["" if number is None else f"{number:.2g}" for number in (row.value, row.tolerance)]
+        view.add_row(row.name, verdict, *numbers, escape(row.explanation))
+    _console().print(view)
+    # the support row is one line, to be copied into a table
+    typer.echo(f"{SUPPORT_HEAD}\n{result.support_row()}")
+
+
+@app.command()
+def bench(
+    layers: Annotated[int | None, typer.Option(help="Decoder layers. Default: 24.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Width, a multiple of 128. Default: 1024.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Visual tokens. Default: 2048.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed rounds. Default: 7.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch. Default: torch's choice.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the record, the page and the picture.")] = Path("runs/bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="A small model, two rounds: shows that it works.")] = False,
+) -> None:
+    """Time against arithmetic: a large random model, plain, pruned and edited, in one interleaved run.
+
+    Proofs come first; while one fails, nothing is timed. Takes about ten minutes on two quiet cores.
+    """
+    from vlmattn.bench import __main__ as command
+
+    given = {"layers": layers, "dim": dim, "tokens": tokens, "repeats": repeats, "threads": threads, "out": out}
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    raise typer.Exit(command.main([*words, *(["--quick"] if quick else [])]))

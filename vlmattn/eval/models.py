@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmattn.errors import DataError, VlmattnError, nearest
+from vlmattn.errors import DataError, VlmattnError, VlmattnWarning, nearest
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SMALL = 32 * 2**20
@@ -83,7 +83,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
 
         kind = torch.float32 if dtype in (None, "auto") else getattr(torch, str(dtype))
         model, processor = scenes.load(name, dtype=kind, device=str(where))
-        fingerprint = _folder_hash(Path(scenes.path(name)))
+        fingerprint = _embedded_hash(name, model)
     else:
         model, processor = _pretrained(name, dtype or "auto")
         try:
@@ -102,7 +102,8 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
 
 @contextmanager
 def quiet(enabled: bool = True) -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers inside the block; errors still come through."""
+    """Silence the warnings and progress bars of transformers inside the block; errors and our own warnings still come
+    through."""
     import warnings
 
     from transformers.utils import logging
@@ -116,6 +117,7 @@ def quiet(enabled: bool = True) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("once", VlmattnWarning)
             yield
     finally:
         logging.set_verbosity(level)
@@ -163,6 +165,18 @@ def _pretrained(name: str, dtype: str) -> tuple[Any, Any]:
             f"({type(processor).__name__}); vlmattn needs a vision-language model"
         )
     return model, processor
+
+
+def _embedded_hash(name: str, model: Any) -> str:
+    """The folder's hash; of a model that is made when it is loaded, its weights'."""
+    from vlmattn import scenes
+    from vlmattn.scenes import library
+
+    if name not in library.DERIVED:
+        return _folder_hash(Path(scenes.path(name)))
+    from vlmattn.scenes.planted import digest
+
+    return digest(model)
 
 
 def _folder_hash(folder: Path) -> str:

@@ -46,6 +46,22 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A further table.
+
+    Attributes:
+        title: its heading.
+        text: what it is about, a paragraph.
+        columns, rows: as in `Content`.
+    """
+
+    title: str
+    text: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
 class Content:
     """What the page shows.
 
@@ -54,6 +70,7 @@ class Content:
         columns: table head.
         rows: table cells as text, the first one the method.
         table_notes: how to read the table, one sentence each.
+        section: a second table.
         plot: an `<svg>` element.
         examples: questions with pictures; `examples_note` says how they were chosen.
         commands: (what it does, command line).
@@ -65,6 +82,7 @@ class Content:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     table_notes: Sequence[str]
+    section: Section
     plot: str
     examples: Sequence[Example]
     examples_note: str
