@@ -70,7 +70,7 @@ def _info(cls: type[Method]) -> MethodInfo:
         for f in dataclasses.fields(cls)
     )
     summary = re.split(r"(?<=\.)\s", (cls.__doc__ or "").strip(), maxsplit=1)[0]
-    doc = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+    doc = inspect.cleandoc(getattr(sys.modules.get(cls.__module__), "__doc__", None) or "")
     return MethodInfo(cls.name, cls.kind, cls.title, cls.paper, summary, doc, cls, fields)
 
 
