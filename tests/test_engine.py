@@ -252,7 +252,11 @@ def test_a_reused_cache_forgets_the_old_prompt(model, family):
         cache = DynamicCache(config=model.config.get_text_config())
         tokens(model, first, past_key_values=cache)
         cache.reset()
-        assert torch.equal(tokens(model, second, past_key_values=cache), expected)
+        if cache.get_seq_length():  # older releases zero the keys and keep the length
+            with pytest.raises(CallError, match="already holds a conversation"):
+                tokens(model, second, past_key_values=cache)
+        else:
+            assert torch.equal(tokens(model, second, past_key_values=cache), expected)
 
 
 def test_forward_without_cache_equals_with_cache(model, batch):

@@ -64,7 +64,7 @@ def read_prompt(
 
 def _grid(family: Family, config: Any, positions: Tensor | None, row: int, span: Span) -> tuple[int, int, int] | None:
     rows = None
-    if family.rope == "mrope" and positions is not None and positions.ndim == 3:
+    if family.rope == "mrope" and positions is not None and positions.ndim == 3 and len(positions) >= 3:
         axes = positions[-3:]
         rows = axes[:, row if axes.shape[1] > 1 else 0, span.start : span.start + span.length]
     return family.grid(config, span.length, rows)
