@@ -252,8 +252,8 @@ def test_a_reused_cache_forgets_the_old_prompt(model, family):
         cache = DynamicCache(config=model.config.get_text_config())
         tokens(model, first, past_key_values=cache)
         cache.reset()
-        if cache.get_seq_length():  # older releases zero the keys and keep the length
-            with pytest.raises(CallError, match="already holds a conversation"):
+        if cache.get_seq_length():  # older releases zero the keys and keep the length: the model or we refuse
+            with pytest.raises((CallError, ValueError)):
                 tokens(model, second, past_key_values=cache)
         else:
             assert torch.equal(tokens(model, second, past_key_values=cache), expected)
