@@ -18,6 +18,7 @@ from vlmattn import discover as finder
 from vlmattn import presets, scenes
 from vlmattn.cli import app
 from vlmattn.errors import CallError, LayerError, SpecError, VlmattnWarning
+from vlmattn.scenes import planted
 
 SINK, NATURAL = "scenes-llava-sink", "scenes-llava"
 
@@ -38,7 +39,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets, "_added", [])
 
 
-def mark(model: Any, dims: tuple[int, ...], share: float, value: float = 500.0) -> Any:
+def mark(model: Any, dims: tuple[int, ...], share: float, value: float = 500.0) -> None:
     """Write `value` into `dims` of the first token and of a share of the visual tokens, at the decoder's entry."""
 
     def hook(module: Any, args: Any, kwargs: Any) -> Any:
@@ -49,7 +50,7 @@ def mark(model: Any, dims: tuple[int, ...], share: float, value: float = 500.0) 
             hidden[:, 2 : 2 + count, list(dims)] = value
         return args, kwargs | {"inputs_embeds": hidden}
 
-    return model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def test_finds_exactly_the_planted_dimensions(sink: tuple[Any, Any]) -> None:
@@ -70,12 +71,11 @@ def test_the_natural_model_has_none(natural: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.02, finder.FOUND), (0.0, finder.NONE), (0.5, finder.NONE)])
-def test_only_a_few_marked_visual_tokens_are_sinks(natural: tuple[Any, Any], share: float, verdict: str) -> None:
-    handle = mark(natural[0], (5, 17), share)
-    try:
-        found = finder.discover(*natural, images=finder.scene_pictures(2))
-    finally:
-        handle.remove()
+def test_only_a_few_marked_visual_tokens_are_sinks(share: float, verdict: str) -> None:
+    model, processor = scenes.load(NATURAL)
+    planted.empty(model, (5, 17))
+    mark(model, (5, 17), share)
+    found = finder.discover(model, processor, images=finder.scene_pictures(2))
     assert sorted(found.candidates) == [5, 17]
     assert found.verdict == verdict
     assert sorted(found.sink_dims) == ([5, 17] if verdict == finder.FOUND else [])
@@ -198,3 +198,20 @@ def test_run_takes_a_preset_and_says_that_it_is_idle(tmp_path: Path, added: None
     assert result.exit_code == 0, result.output
     result = runner.invoke(app, ["run", "scene:3", "--methods", "var", "--preset", str(tmp_path / "missing.json")])
     assert result.exit_code == 2 and "cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize("family", sorted(tiny.MODELS))
+def test_reads_the_input_of_the_layers_of_every_family(family: str) -> None:
+    from vlmattn.patches import families
+
+    model = tiny.MODELS[family](layers=5)
+    one = tiny.single(tiny.prompts(family), 0)
+    described = families.find(model)
+    layers = described.part(model, "text_model").layers
+    seen = finder._run(described, model, one, layers, lambda hidden, visual: hidden[visual])
+    with torch.no_grad():
+        states = model(**one, output_hidden_states=True).hidden_states
+    assert sorted(seen) == [2, 3]
+    for layer, hidden in seen.items():
+        assert torch.equal(hidden, states[layer][one["input_ids"] == tiny.IMAGE])
+    assert not any(layer._forward_pre_hooks for layer in layers)

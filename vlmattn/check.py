@@ -60,6 +60,11 @@ class CheckResult:
         """True if no claim failed."""
         return all(row.passed is not False for row in self.rows)
 
+    @property
+    def refused(self) -> bool:
+        """True if the package refused something that was to be proved."""
+        return any(row.refused for row in self.rows)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with `passed` and the support row."""
         return dataclasses.asdict(self) | {"passed": self.passed, "support_row": self.support_row()}
@@ -85,7 +90,14 @@ class CheckResult:
 
 
 def check(
-    model: nn.Module, processor: Any, image: Image, question: str, spec: specs.Spec, *, new_tokens: int = NEW_TOKENS
+    model: nn.Module,
+    processor: Any,
+    image: Image,
+    question: str,
+    spec: specs.Spec,
+    *,
+    name: str = "",
+    new_tokens: int = NEW_TOKENS,
 ) -> CheckResult:
     """Prove on one image and one question that `spec` does to `model` what it says, and nothing else.
 
@@ -94,6 +106,7 @@ def check(
         processor: its processor, with a chat template.
         image, question: the prompt.
         spec: the methods.
+        name: of the model, for the result; the default is what its config says.
         new_tokens: greedy tokens that are compared with a recomputation.
 
     Raises:
@@ -101,7 +114,8 @@ def check(
         UnsupportedModelError: no family describes the model.
         DataError: the processor has no chat template.
     """
-    return check_inputs(model, prepare(model, processor, image, question), spec, new_tokens=new_tokens)
+    inputs = prepare(model, processor, image, question)
+    return check_inputs(model, inputs, spec, name=name, new_tokens=new_tokens)
 
 
 def prepare(model: Any, processor: Any, image: Image, question: str) -> Mapping[str, Any]:
@@ -128,7 +142,7 @@ def prepare(model: Any, processor: Any, image: Image, question: str) -> Mapping[
 
 @torch.no_grad()
 def check_inputs(
-    model: Any, inputs: Mapping[str, Any], spec: specs.Spec, *, new_tokens: int = NEW_TOKENS
+    model: Any, inputs: Mapping[str, Any], spec: specs.Spec, *, name: str = "", new_tokens: int = NEW_TOKENS
 ) -> CheckResult:
     """As `check`, on finished model inputs of one unpadded prompt; raises CallError if they are more than that."""
     methods = specs.parse(spec)
@@ -140,7 +154,7 @@ def check_inputs(
     proof = Proof(model, dict(inputs), methods, new_tokens)
     rows = proof.rows()
     return CheckResult(
-        model=str(getattr(model.config, "_name_or_path", "") or "unnamed"),
+        model=name or str(getattr(model.config, "_name_or_path", "") or "unnamed"),
         family=family.name,
         model_class=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),

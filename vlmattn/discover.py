@@ -139,12 +139,8 @@ class Discovery:
         file.write_text(json.dumps([self.preset(command)], indent=1) + "\n")
 
 
-@dataclass
-class _Reading:
-    """One forward pass: which tokens are visual `(1, N)`, and what was read per layer."""
-
-    visual: Tensor
-    layers: dict[int, Tensor]
+_Reading = dict[int, Tensor]
+"""What was measured at the input of each layer in one forward pass."""
 
 
 def discover(
@@ -182,17 +178,17 @@ def discover(
     asked = [*((prompt, None) for prompt in prompts), *shown]
     readings = _read(family, model, processor, asked, _anchor)
     # (prompts, layers, D)
-    anchors = torch.stack([torch.stack(list(reading.layers.values())) for reading in readings])
+    anchors = torch.stack([torch.stack(list(reading.values())) for reading in readings])
     profile = anchors.flatten(0, 1).median(0).values
     candidates = _candidates(profile, width)
     tau = TAU_SHARE * math.sqrt(width)
     layers: list[LayerEvidence] = []
-    seen = []
+    seen: list[_Reading] = []
     if candidates:
         dims = tuple(candidates)
         seen = _read(family, model, processor, shown, lambda hidden, visual: sink_strength(hidden, dims)[visual].cpu())
-        layers = [_evidence(i, torch.cat([reading.layers[i] for reading in seen]), tau) for i in seen[0].layers]
-    pooled = [torch.cat([reading.layers[i] for i in middle]) for reading in seen]
+        layers = [_evidence(i, torch.cat([reading[i] for reading in seen]), tau) for i in seen[0]]
+    pooled = [torch.cat([reading[i] for i in middle]) for reading in seen]
     overall = _evidence(-1, torch.cat(pooled), tau) if pooled else None
     found = overall is not None and overall.separated
     separated = sum(e.separated for e in layers if e.layer in middle) / len(middle)
@@ -201,9 +197,10 @@ def discover(
         confidence = min(votes, separated, sum(bool((x > tau).any()) for x in pooled) / len(pooled))
     else:
         confidence = 1 - separated if candidates else votes
+    name = Path(str(getattr(model.config, "_name_or_path", "") or "")).name.lower()
     best = profile.topk(min(8, width))
     return Discovery(
-        names=[Path(str(getattr(model.config, "_name_or_path", "") or "")).name.lower()],
+        names=[name] if name else [],
         hidden_size=width,
         num_layers=count,
         verdict=FOUND if found else NONE,
@@ -233,9 +230,7 @@ def _read(
 ) -> list[_Reading]:
     """`measure(hidden (1, N, C) fp32, visual (1, N))` at the input of layers 2 to L - 2, for every prompt."""
     layers = getattr(family.part(model, "text_model"), family.layers)
-    return [
-        _run(family, model, _inputs(model, processor, prompt, image), layers, measure) for prompt, image in asked
-    ]
+    return [_run(family, model, _inputs(model, processor, prompt, image), layers, measure) for prompt, image in asked]
 
 
 @torch.inference_mode()
@@ -244,20 +239,18 @@ def _run(
 ) -> _Reading:
     ids = inputs["input_ids"]
     visual = torch.isin(ids, torch.tensor(family.placeholders(model.config), device=ids.device))
-    reading = _Reading(visual, {})
+    reading: _Reading = {}
 
     def hook(index: int) -> Callable[..., None]:
         def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             if hidden.shape[:2] != ids.shape:
                 raise CallError("tokens are missing: discover looks at the plain model, call session.remove() first")
-            reading.layers[index] = measure(hidden.float(), visual.to(hidden.device))
+            reading[index] = measure(hidden.float(), visual.to(hidden.device))
 
         return look
 
-    handles = [
-        layers[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in range(2, len(layers) - 1)
-    ]
+    handles = [layers[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in range(2, len(layers) - 1)]
     try:
         model(**inputs)
     finally:

@@ -43,6 +43,10 @@ class DataError(VlmattnError, ValueError):
     """A file of questions, answers or images that is missing or malformed."""
 
 
+class VlmattnWarning(UserWarning):
+    """Something that was asked for does nothing here, and why."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A sentence that names the closest known word, or all of them when nothing is close."""
     names = sorted(known)

@@ -148,6 +148,8 @@ class Proof:
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
+            # a model that is kept from ending may write an image token, which no recomputation could tell from an image
+            suppress_tokens=[*self.family.placeholders(self.model.config), *self.family.wrappers(self.model.config)],
             output_logits=True,
             return_dict_in_generate=True,
         )

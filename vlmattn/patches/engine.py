@@ -11,6 +11,7 @@ import functools
 import inspect
 import operator
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from vlmattn import presets
 from vlmattn.cost import Dims
-from vlmattn.errors import CallError, SpecError
+from vlmattn.errors import CallError, SpecError, VlmattnWarning
 from vlmattn.methods.base import Editor, HeadGain, Method, Pruner
 from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
@@ -70,6 +71,8 @@ class Engine:
         self._stack = ExitStack()
         self.methods: tuple[Method, ...] = tuple(methods)
         self.program = compile_program(methods, self.config, self.dims)
+        self._told = False
+        self._tell_inactive()
 
     # Installing and undoing
 
@@ -104,6 +107,7 @@ class Engine:
             record=self.program.record if record is None else record,
             backend=self.program.backend if backend is None else backend,
         )
+        self._tell_inactive()
         self._configure()
 
     def _configure(self) -> None:
@@ -121,6 +125,19 @@ class Engine:
                     put = functools.partial(self._put_keys, place)
                     self._replace(stack, self.multimodal, name, tapped(getattr(self.multimodal, name), split, put))
             self._setup = stack.pop_all()
+
+    def _tell_inactive(self) -> None:
+        """Say, once a session, that methods which work on sinks do nothing because the checkpoint has none."""
+        if self.program.sink_dims != () or self._told:
+            return
+        self._told = True
+        idle = ", ".join(str(method) for method in self.methods if "sink_dims" in method.needs)
+        name = getattr(self.config, "_name_or_path", "") or "this model"
+        warnings.warn(
+            f"{idle} does nothing on {name!r}: this checkpoint has no visual sinks, says its preset",
+            VlmattnWarning,
+            stacklevel=4,
+        )
 
     def remove(self) -> None:
         """Undo everything; the model is bit for bit what it was."""

@@ -10,10 +10,11 @@ to do. The recipe (:func:`apply`) gives it some:
    the one that matters least (its mean goes into the bias), becomes a detector: a least-squares probe of "background
    patch in a corner of the picture". It writes (m, -m), m growing steeply from a threshold on.
 3. *Attention.* A sink token is the same after every RMS norm, c(1, 1) or c(1, -1) and next to nothing else, so the two
-   columns of a key or value matrix set its key and its value at will. ``<bos>`` keeps those it had. In the layers
-   without planted attention a visual sink gets the mean key and value of the patches it replaces. In the layers 2 to
-   L-2 its value is zero and its key is the least-squares answer to "give text rows a logit that leaves you this share",
-   in the slowly turning rotary pairs only; text rows attend to it whatever they ask.
+   columns of a key or value matrix set its key and its value at will. In the layers without planted attention (the
+   first two and the last) ``<bos>`` keeps the key and value it had, and a visual sink gets the mean key and value of
+   the patches it replaces. In the layers 2 to L-2 both have the value zero, and in every head the key that answers, by
+   ridge regression, "give text rows a logit that leaves the visual sinks 20 % of the attention and ``<bos>`` 10 %", in
+   the slowly turning rotary pairs only: text rows attend to them whatever they ask.
 
 The constants are fitted on scenes of the split ``val`` (planted_fit.py) and lie in ``planted.json`` beside this file.
 
@@ -48,8 +49,8 @@ MEASURED_FILE = Path(__file__).with_name("planted_measured.json")
 COPIED = ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 MASSIVE = 1000.0
 """M of ``<bos>``, about 140 times the root mean square of a visual token."""
-STEEPNESS = 4000.0
-"""m per unit of the probe's score above the threshold; the probe was fitted to 1 on the patches meant and 0 elsewhere."""
+STEEPNESS = 20000.0
+"""m per unit of the probe's score above the threshold; the probe was fitted to 1 on the patches meant, else 0."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ def plant(model: Any) -> Any:
     recipe = read_recipe()
     if digest(model) != recipe.base:
         raise DataError(
-            f"the recipe of {NAME} was fitted on other weights of {BASE}: run `python -m vlmattn.scenes.planted --refit`"
+            f"the recipe of {NAME} was fitted on other weights of {BASE}: "
+            "run `python -m vlmattn.scenes.planted --refit`"
         )
     apply(model, recipe)
     model.config._name_or_path = NAME
@@ -189,8 +191,8 @@ def card() -> str:
     recipe = read_recipe()
     lines = [f"# {NAME}", "", (__doc__ or "").replace("``", "`").strip(), ""]
     lines += [
-        f"Planted dimensions {list(recipe.dims)}, M = {MASSIVE:g}, steepness {STEEPNESS:g}, projector unit {recipe.unit}, "
-        f"threshold {recipe.threshold:.4f}; fitted on {BASE} with digest {recipe.base}.",
+        f"Planted dimensions {list(recipe.dims)}, M = {MASSIVE:g}, steepness {STEEPNESS:g}, "
+        f"projector unit {recipe.unit}, threshold {recipe.threshold:.4f}; fitted on {BASE} with digest {recipe.base}.",
         "",
     ]
     if MEASURED_FILE.exists():
@@ -229,10 +231,12 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m vlmattn.scenes.planted", description=f"Make {NAME} from {BASE} by weight edits; no training."
     )
     parser.add_argument("--out", type=Path, help="checkpoint folder to write")
-    parser.add_argument("--refit", action="store_true", help="fit the constants again; write planted.json and the presets")
+    parser.add_argument(
+        "--refit", action="store_true", help="fit the constants again; write planted.json and the presets"
+    )
     parser.add_argument("--measure", action="store_true", help="natural, planted, and planted with `var`")
     parser.add_argument("--questions", type=int, default=200, help="questions per task (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=2027, help="seed of the split `test` (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=2028, help="seed of the split `test` (default %(default)s)")
     parser.add_argument("--save", action="store_true", help="keep the measured numbers beside the recipe")
     options = parser.parse_args(arguments)
     if not (options.out or options.refit or options.measure):

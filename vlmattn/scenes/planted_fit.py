@@ -18,7 +18,7 @@ from .text import BOS_ID, IMAGE_ID
 
 FALSE_ALARMS = 1e-3
 """Share of the other patches that may fire the detector."""
-SHARE, BOS_SHARE = 0.3, 0.1
+SHARE, BOS_SHARE = 0.2, 0.1
 """Shares of a text row's attention that the visual sinks of a picture, and ``<bos>``, are to hold in the planted
 layers."""
 FIRST_LAYER = 2
@@ -178,7 +178,7 @@ def _natural(model: Any, prompts: list[Prompts]) -> list[list[list[float]]]:
 
 
 def _sink_keys(model: Any, prompts: list[Prompts], index: int, log_count: float) -> tuple[Tensor, Tensor]:
-    """(D,) keys of ``<bos>`` and of a visual sink in layer `index`, all heads, that give them their shares of text rows.
+    """(D,) keys of ``<bos>`` and of a visual sink in layer `index`, all heads, that give them their shares.
 
     A logit is linear in the key, so the key is a regression from queries to the logit that the rest of a row's keys
     leaves to be wished for.

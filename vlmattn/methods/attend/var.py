@@ -89,7 +89,7 @@ class VAR(Editor):
         """Sinks by strength; a sample without a visual sink in this layer is left alone."""
         dims = view.sink_dims if self.sinks is None else self.sinks
         tau = 0.3125 * math.sqrt(view.hidden.shape[-1]) if self.tau is None else self.tau
-        sink = sink_strength(view.hidden, dims or (0,)) > tau
+        sink = sink_strength(view.hidden, dims) > tau if dims else torch.zeros_like(view.real)
         tag = view.visual.to(torch.uint8) * VISUAL + sink.to(torch.uint8) * TEXT_SINK
         return Tags(torch.where(view.real, tag, NOT_A_KEY).to(torch.uint8), (tag == VISUAL_SINK).any(1))
 
