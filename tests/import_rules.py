@@ -61,7 +61,7 @@ RULES = (
     ),
     Rule("scenes", ("errors",), None),
     Rule("scenes.planted_measure", ("", "errors", "discover", "methods", "presets", "scenes"), None),
-    Rule("eval", (*PUBLIC, "viz"), None),
+    Rule("eval", (*PUBLIC, "presets", "viz"), None),
     Rule("viz", PUBLIC, None),
     Rule("tune", (*PUBLIC, "eval"), None),
     Rule("app", (*PUBLIC, "eval", "viz"), None),

@@ -238,8 +238,17 @@ def test_vhr_without_a_difference_is_the_identity():
 # On models
 
 
-@pytest.mark.parametrize("text", ["var(p=0.0)", "var(sinks=[])", f"var({SINKS}, p=0.0)", "vhr(alpha=1.0)",
-                                  "var(sinks=[1], tau=100.0)", f"var({SINKS.replace('rho=0.2', 'rho=1.0')})"])  # fmt: skip
+NOTHING = [
+    "var(p=0.0)",
+    "var(sinks=[])",
+    f"var({SINKS}, p=0.0)",
+    "vhr(alpha=1.0)",
+    "var(sinks=[1], tau=100.0)",
+    f"var({SINKS.replace('rho=0.2', 'rho=1.0')})",
+]
+
+
+@pytest.mark.parametrize("text", NOTHING)
 def test_nothing_to_do_is_bit_identical(model, batch, text):
     logits, out = model(**batch).logits, generate(model, batch, 4).sequences
     with vlmattn.wrap(model, text):

@@ -90,8 +90,8 @@ def sink_section(result: Result) -> page.Section:
         title="Redistribution, reinforcement and all three, on a model with planted sinks",
         text=(
             f"{result.loaded.name} is the same model after an edit of its weights that makes a few background tokens "
-            "soak up attention, as happens by itself in large models. The model above has no such sinks, so that var has "
-            "nothing to redistribute there. The sinks are artificial: this table shows that the methods act and "
+            "soak up attention, as happens by itself in large models. The model above has no such sinks, so that var "
+            "has nothing to redistribute there. The sinks are artificial: this table shows that the methods act and "
             "compose, not that they help."
         ),
         columns=columns(),

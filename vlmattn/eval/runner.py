@@ -180,8 +180,12 @@ def check_specs(loaded: Loaded, specs: Iterable[str]) -> None:
 
 def identity(loaded: Loaded, bench: Benchmark, spec: str, settings: Settings) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
+    from vlmattn import presets
+
+    preset = presets.find(loaded.model.config)
     return {
         "spec": spec,
+        "sink_dims": None if preset is None else preset["sink_dims"],
         "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype},
         "device": loaded.device.split(":")[0],
         "bench": bench.name,

@@ -9,8 +9,8 @@ Deviations: none known from the paper. Where it is silent we chose: the text-onl
 wrap an image; both streams are scaled; unbiased standard deviation, lower median, distances in fp32; scaling holds at
 all positions; in a second turn the heads of the first one stay.
 
-Cost: the text-only prompt goes through the prefill beside the prompt, padded to its width, so the decoder's prefill takes
-about twice as long; later steps cost the scaling only.
+Cost: the text-only prompt goes through the prefill beside the prompt, padded to its width, so the decoder's prefill
+takes about twice as long; later steps cost the scaling only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def divergence(image: Tensor, text: Tensor, outlier_rule: bool = True) -> Tensor
     return vhd.masked_fill(above(vhd) & above(energy), 0.0)
 
 
-@register("vhr", title="Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence", paper="2412.13949")
+@register(
+    "vhr", title="Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence", paper="2412.13949"
+)
 @dataclass(frozen=True)
 class VHR(HeadGain):
     """Multiply the outputs of the half of the heads that react most to the image."""
