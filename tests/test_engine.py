@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import threading
 import warnings
+import weakref
 from typing import Any
 
 import oracle
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 import vlmattn
-from vlmattn.errors import CallError, UnsupportedModelError
+from vlmattn.errors import AlreadyWrappedError, CallError, UnsupportedModelError, VlmattnWarning
 
 FAMILIES = sorted(tiny.MODELS)
 PRUNE = ["fastv(keep=0.5, before_layer=2)", "random(keep=0.5, before_layer=0)", "uniform(keep=5, before_layer=1)"]
@@ -554,6 +556,141 @@ def test_an_image_in_a_later_turn_is_refused(family, model):
         mask = torch.ones(1, 2 * one["input_ids"].shape[1]).long()
         with refused("already holds a conversation"):
             model(**(one | {"attention_mask": mask}), past_key_values=cache, use_cache=True, **extra)
+
+
+def test_options_in_a_positional_generation_config_are_refused(model, batch):
+    from transformers import GenerationConfig
+
+    ids = batch.pop("input_ids")
+    with vlmattn.wrap(model, "fastv(keep=0.5)"):
+        for option in ({"use_cache": False}, {"prefill_chunk_size": 4}):
+            with refused(next(iter(option))):
+                model.generate(ids, GenerationConfig(max_new_tokens=2, **option), **batch)
+
+
+def test_another_attention_implementation_while_wrapped_is_refused(model, batch):
+    plain = model(**batch).logits
+    session = vlmattn.wrap(model, "fastv(keep=0.5)")
+    model.set_attn_implementation("eager")
+    with refused("'eager' while the session was installed"):
+        model(**batch)
+    session.remove()
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert torch.allclose(model(**batch).logits[:, -1], plain[:, -1], atol=1e-4)
+
+
+def test_a_tensor_of_logits_to_keep_is_refused(model, batch):
+    with vlmattn.wrap(model, "fastv(keep=0.5)"):
+        with refused("logits_to_keep"):
+            model(**batch, logits_to_keep=torch.tensor([3]))
+        assert model(**batch, logits_to_keep=2).logits.shape[1] == 2
+
+
+def test_the_prompt_must_hold_the_images(model, family, batch):
+    one = tiny.single(batch, 0)
+    with vlmattn.wrap(model, "fastv(keep=0.5)") as session:
+        for bad in (0, -3, 1.5, True):
+            with refused("at least 1"), session.prompt(bad):
+                model(**one)
+        with refused("the prompt must hold all images"), session.prompt(5):
+            model(**one)
+
+
+def test_a_prompt_of_embeddings_is_told_once(model, batch):
+    one = tiny.single(batch, 0)
+    embeds = model.get_input_embeddings()(one["input_ids"].clamp_max(80))
+    with vlmattn.wrap(model, "fastv(keep=0.5)"):
+        with pytest.warns(VlmattnWarning, match="inputs_embeds"):
+            model(inputs_embeds=embeds, attention_mask=one["attention_mask"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(inputs_embeds=embeds, attention_mask=one["attention_mask"])
+
+
+def test_a_failed_call_does_not_reach_a_direct_call_of_the_text_model(model, batch):
+    text = torch.randint(3, 80, (1, 12))
+    expected = model.model.language_model(input_ids=text).last_hidden_state
+    broken = batch | {"pixel_values": batch["pixel_values"][:1]}
+    with vlmattn.wrap(model, "random(keep=0.5, before_layer=0)"):
+        with pytest.raises((ValueError, RuntimeError, IndexError, StopIteration)):
+            model(**broken)
+        assert torch.equal(model.model.language_model(input_ids=text).last_hidden_state, expected)
+
+
+def test_wrapped_models_can_be_collected(family):
+    model = tiny.MODELS[family]()
+    session = vlmattn.wrap(model, BOTH_ENDS)
+    alive = weakref.ref(model)
+    del session
+    gc.collect()
+    with pytest.raises(AlreadyWrappedError):
+        vlmattn.wrap(model, "none")
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("text", [*PRUNE, BOTH_ENDS, "vhr", "vhr + random(keep=0.5, before_layer=0)"])
+def test_an_emptied_cache_has_no_plan(model, family, batch, text):
+    """A text-only prompt, or a session that does nothing, on a cache that once held a pruned prompt."""
+    words = {"input_ids": torch.randint(3, 80, (2, 9)), "attention_mask": torch.ones(2, 9).long()}
+    words["attention_mask"][0, :3] = 0
+    expected, plain = tokens(model, words), tokens(model, batch)
+    cache = DynamicCache(config=model.config.get_text_config())
+    with vlmattn.wrap(model, text):
+        tokens(model, batch, past_key_values=cache)
+        cache.reset()
+        if cache.get_seq_length():
+            pytest.skip("this transformers release does not empty a dynamic cache")
+        assert torch.equal(tokens(model, words, past_key_values=cache), expected)
+        cache.reset()
+        tokens(model, batch, past_key_values=cache)
+        cache.reset()
+    with vlmattn.wrap(model, "none"):
+        assert torch.equal(tokens(model, batch, past_key_values=cache), plain)
+
+
+def test_a_cache_is_not_cropped_to_a_length(model, batch):
+    with vlmattn.wrap(model, BOTH_ENDS):
+        cache = model(**batch, use_cache=True).past_key_values
+        with refused("crop"):
+            cache.crop(20)
+
+
+def test_videos_and_images_in_one_prompt():
+    """Video tokens are visual tokens; every video and image has a budget of its own."""
+    model = tiny.qwen2_5_vl()
+    ids = torch.tensor([[1, 92, *[tiny.VIDEO] * 32, 93, 5, 6, 92, *[tiny.IMAGE] * 16, 93, 7, 8, 9]])
+    kinds = (ids == tiny.IMAGE).long() + 2 * (ids == tiny.VIDEO).long()
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": kinds,
+        "pixel_values": torch.randn(64, 1176),
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+        "pixel_values_videos": torch.randn(128, 1176),
+        "video_grid_thw": torch.tensor([[2, 8, 8]]),
+    }
+    plain = model(**batch).logits
+    for text, counts in ((PRUNE[0], [16, 8]), (PRUNE[1], [16, 8]), ("uniform(keep=8, mode='2d')", [8, 6])):
+        with vlmattn.wrap(model, text) as session:
+            once = tokens(model, batch)
+            report = session.report()
+            assert [len(kept) for kept in report.stages[0].kept[0]] == counts
+            assert torch.equal(tokens(model, batch), once)
+    assert torch.equal(model(**batch).logits, plain)
+
+
+def test_scores_are_fp32_whatever_the_model():
+    from vlmattn.kernels.reference import attention_received
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = (400 * torch.randn(1, 2, 6, 64, generator=generator) for _ in range(2))
+    rows = torch.zeros(1, 6, dtype=torch.bool)
+    rows[0, -1] = True
+    half = attention_received(query.half(), key.half(), None, 1e-5, rows)
+    assert half.sum().item() == pytest.approx(1.0, abs=1e-4)
+    assert torch.allclose(half, attention_received(query.half().float(), key.half().float(), None, 1e-5, rows))
 
 
 def test_no_op_methods_refuse_nothing(model, batch):

@@ -21,12 +21,16 @@ from vlmattn.errors import (
     UnknownMethodError,
     UnsupportedModelError,
 )
+from vlmattn.methods.attend.var import VAR
 from vlmattn.methods.prune.fastv import FastV
 from vlmattn.methods.prune.random import Random
 from vlmattn.patches import engine as engine_module
 from vlmattn.patches.attention import Registration
 
-EVERYTHING = "random(keep=0.7, before_layer=0) + fastv(keep=0.5, before_layer=2)"
+EVERYTHING = (
+    "random(keep=0.7, before_layer=0) + fastv(keep=0.5, before_layer=2) "
+    "+ var(sinks=[1, 2, 3], tau=1.5, first_layer=1) + vhr"
+)
 
 
 @pytest.fixture(params=sorted(tiny.MODELS))
@@ -88,6 +92,8 @@ def test_undo_is_bit_identical(model, family, text, exit):
     before = snapshot(model, batch)
     if exit == "remove":
         session = vlmattn.wrap(model, text)
+        session.record()
+        session.use_backend("reference")
         model.generate(**batch, max_new_tokens=3)
         session.remove()
         session.remove()
@@ -109,7 +115,7 @@ def test_wrapping_is_seen_by_the_snapshot(model, family):
     assert {"hooks", "dict", "config", "attention", "masks", "outputs"} <= set(changed)
 
 
-@pytest.mark.parametrize("what", ["hooks", "attention name", "instance attributes"])
+@pytest.mark.parametrize("what", ["hooks", "head hooks", "attention name", "instance attributes"])
 def test_the_undo_test_fails_when_the_undo_is_broken(model, family, what, monkeypatch):
     batch = tiny.prompts(family)
     before = snapshot(model, batch)
@@ -120,9 +126,11 @@ def test_the_undo_test_fails_when_the_undo_is_broken(model, family, what, monkey
     elif what == "instance attributes":
         keep = staticmethod(lambda stack, owner, name, value: setattr(owner, name, value))
         monkeypatch.setattr(engine_module.Engine, "_replace", keep)
-    session = vlmattn.wrap(model, "none")
+    session = vlmattn.wrap(model, "vhr" if what == "head hooks" else "none")
     if what == "hooks":
         session._engine._stack.pop_all()
+    elif what == "head hooks":
+        session._engine._setup.pop_all()
     session.remove()
     assert differences(before, snapshot(model, batch)) != []
     for repair in repairs:
@@ -211,7 +219,8 @@ def test_two_methods_of_one_name_need_a_number(model):
 def test_text_objects_and_lists_are_the_same(model, family):
     batch = tiny.prompts(family)
     seen = []
-    for form in (EVERYTHING, [Random(0.7, 0), FastV(0.5, 2)], list(spec.parse(EVERYTHING))):
+    objects = [Random(0.7, 0), FastV(0.5, 2), VAR(sinks=(1, 2, 3), tau=1.5, first_layer=1), "vhr"]
+    for form in (EVERYTHING, objects, list(spec.parse(EVERYTHING))):
         with torch.no_grad(), vlmattn.wrap(model, form) as session:
             seen.append((session.spec, model(**batch).logits))
     assert all(text == seen[0][0] and torch.equal(logits, seen[0][1]) for text, logits in seen)

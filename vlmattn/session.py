@@ -25,7 +25,8 @@ from vlmattn.spans import Geometry
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+# weak on both sides: the model's hooks hold the engine, the engine its session, and all three may be collected together
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
 def wrap(model: nn.Module, spec: specs.Spec, processor: Any = None) -> Session:
@@ -46,7 +47,8 @@ def wrap(model: nn.Module, spec: specs.Spec, processor: Any = None) -> Session:
         AlreadyWrappedError: the model carries a session already.
     """
     methods = specs.parse(spec)
-    first = _SESSIONS.get(model) if isinstance(model, nn.Module) else None
+    known = _SESSIONS.get(model) if isinstance(model, nn.Module) else None
+    first = None if known is None else known()
     if first is not None:
         raise AlreadyWrappedError(
             f"this model already carries the session {first.spec!r}: "
@@ -55,7 +57,7 @@ def wrap(model: nn.Module, spec: specs.Spec, processor: Any = None) -> Session:
     engine = Engine(model, methods)
     engine.install()
     session = Session(engine, processor)
-    _SESSIONS[model] = session
+    _SESSIONS[model] = weakref.ref(session)
     return session
 
 
@@ -64,6 +66,7 @@ class Session:
 
     def __init__(self, engine: Engine, processor: Any = None) -> None:
         self._engine = engine
+        engine.owner = self
         self.processor = processor
         self.active = True
 
@@ -84,6 +87,9 @@ class Session:
 
     def set(self, path: str, value: Any) -> None:
         """Change one parameter of an installed method, such as `set("fastv.keep", 0.3)`; from the next prompt on.
+
+        Start a fresh cache after a change: a conversation under way keeps the tokens it kept, while its attention edits
+        and head gains follow what is installed now.
 
         Raises:
             SpecError, BudgetError, LayerError: path or value do not fit; the session stays as it was.

@@ -42,7 +42,7 @@ def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
     batch, heads, _, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     rows = query[:, :, start:stop].reshape(batch, kv_heads, heads // kv_heads * (stop - start), dim)
-    logits = (rows @ key.transpose(-1, -2)).float().mul_(scaling).view(batch, heads, stop - start, length)
+    logits = (rows.float() @ key.float().transpose(-1, -2)).mul_(scaling).view(batch, heads, stop - start, length)
     if mask is not None and mask.ndim == 4:
         part = mask[:, :, start:stop, :length]
         logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part.float()

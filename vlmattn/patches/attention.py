@@ -58,6 +58,12 @@ def base_function(name: str, module: nn.Module) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
+def is_living(config: Any) -> bool:
+    """Whether a config still carries the name of a living registration."""
+    stack = _living.get(id(config), [])
+    return bool(stack) and config._attn_implementation == stack[-1].name
+
+
 class Registration:
     """One attention name on one text config, with its undo.
 
@@ -102,7 +108,8 @@ class Registration:
         """Unregister the name and give the config back what the remaining registrations, if any, want."""
         stack = _living[id(self.config)]
         stack.remove(self)
-        self.config._attn_implementation = stack[-1].name if stack else self.base
+        if self.config._attn_implementation == self.name or stack:
+            self.config._attn_implementation = stack[-1].name if stack else self.base
         if not stack:
             del _living[id(self.config)]
         # There is no public way to unregister; without this, a hundred sessions leave a hundred names behind.

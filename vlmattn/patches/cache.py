@@ -21,26 +21,47 @@ class PlannedCache(DynamicCache):
     """A `DynamicCache` with a plan: whatever selects or repeats its rows does the same to the plan's.
 
     Attributes:
-        plan: what happened to the prompt's visual tokens.
+        plan: what happened to the prompt's visual tokens; None after a reset.
     """
 
-    plan: Plan
+    plan: Plan | None
+
+    def reset(self) -> None:
+        """Empty the cache; the plan belongs to the old prompt and goes with it."""
+        super().reset()
+        if is_empty(self):
+            self.plan = None
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the last tokens of every layer, `crop(-n)`.
+
+        Raises:
+            CallError: a positive length, which older transformers take as the length to keep; layers differ in length.
+        """
+        length = next(iter((*args, *kwargs.values())), 0)
+        if length > 0:
+            raise CallError(f"crop({length}) does not fit layers of unequal length: say crop(-n) to remove n tokens")
+        super().crop(*args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows `beam_idx` of the cache and of the plan."""
         super().reorder_cache(beam_idx)
-        self.plan = self.plan.rows(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Rows `indices` of the cache and of the plan."""
         super().batch_select_indices(indices)
-        self.plan = self.plan.rows(indices)
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, in the cache and in the plan."""
         super().batch_repeat_interleave(repeats)
-        rows = torch.arange(self.plan.visual.shape[0], device=self.plan.visual.device)
-        self.plan = self.plan.rows(rows.repeat_interleave(repeats))
+        if self.plan is not None:
+            rows = torch.arange(self.plan.visual.shape[0], device=self.plan.visual.device)
+            self._select(rows.repeat_interleave(repeats))
+
+    def _select(self, rows: torch.Tensor) -> None:
+        self.plan = None if self.plan is None else self.plan.rows(rows)
 
 
 class LogicalDynamicLayer(DynamicLayer):
@@ -93,13 +114,22 @@ def check_plain(cache: Any) -> None:
     if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is not None:
         kinds = {cache.layer_class_to_replicate}
     odd = sorted(kind.__name__ for kind in kinds if kind not in (DynamicLayer, LogicalDynamicLayer))
-    if type(cache) not in (DynamicCache, PlannedCache) or getattr(cache, "offloading", False):
+    if type(cache) not in (DynamicCache, PlannedCache):
         odd.append(type(cache).__name__)
+    if getattr(cache, "offloading", False):
+        odd.append("offloaded layers")
     if odd:
         raise CallError(
             f"the methods need a plain DynamicCache, this one is made of {', '.join(odd)}: leave cache_implementation "
             "unset, or use a model without sliding-window layers"
         )
+
+
+def forget(cache: Any) -> None:
+    """Drop the plan of an earlier prompt from an empty cache."""
+    if isinstance(cache, PlannedCache):
+        cache.plan = None
+        set_dropped(cache, 0)
 
 
 def adopt(cache: Any, plan: Plan) -> None:

@@ -26,7 +26,7 @@ from vlmattn.errors import CallError, SpecError, VlmattnWarning
 from vlmattn.methods.base import Editor, HeadGain, Method, Pruner
 from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
-from vlmattn.patches.attention import Registration
+from vlmattn.patches.attention import Registration, is_living
 from vlmattn.patches.passes import Pass, Program, begin_decode, begin_prefill, read_prompt
 from vlmattn.patches.vision import tapped
 from vlmattn.plan import Plan
@@ -63,6 +63,7 @@ class Engine:
         self.layers = list(getattr(self.text_model, self.family.layers))
         self.dims = Dims.from_config(self.text_model.config)
         self.last: Plan | None = None
+        self.owner: Any = None
         self._local = threading.local()
         self._signatures = {
             module: inspect.signature(module.forward) for module in (model, self.multimodal, self.text_model)
@@ -71,7 +72,7 @@ class Engine:
         self._stack = ExitStack()
         self.methods: tuple[Method, ...] = tuple(methods)
         self.program = compile_program(methods, self.config, self.dims)
-        self._told = False
+        self._told = self._told_embeddings = False
         self._tell_inactive()
 
     # Installing and undoing
@@ -88,6 +89,7 @@ class Engine:
             for module, hook in hooks:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.callback(self.text_model.register_forward_hook(self._after_text, always_call=True).remove)
+            stack.callback(self.multimodal.register_forward_hook(self._after_multimodal, always_call=True).remove)
             self._replace(stack, self.model, "generate", self._guarded_generate(self.model.generate))
             self._configure()
             self._stack = stack.pop_all()
@@ -100,14 +102,18 @@ class Engine:
             record: whether statistics are kept; None: as before.
             backend: attention backend; None: as before.
         """
-        program = compile_program(methods, self.config, self.dims)
-        self.methods = tuple(methods)
-        self.program = dataclasses.replace(
-            program,
+        program = dataclasses.replace(
+            compile_program(methods, self.config, self.dims),
             record=self.program.record if record is None else record,
             backend=self.program.backend if backend is None else backend,
         )
-        self._tell_inactive()
+        before = self.methods, self.program
+        self.methods, self.program = tuple(methods), program
+        try:
+            self._tell_inactive()
+        except VlmattnWarning:  # warnings may be errors
+            self.methods, self.program = before
+            raise
         self._configure()
 
     def _configure(self) -> None:
@@ -138,6 +144,17 @@ class Engine:
             VlmattnWarning,
             stacklevel=4,
         )
+
+    def _tell_embeddings(self) -> None:
+        """Say, once a session, that a prompt given as embeddings cannot be looked at."""
+        if not self._told_embeddings:
+            self._told_embeddings = True
+            warnings.warn(
+                "a prompt came as inputs_embeds without pixels: visual tokens are found by their ids, so that the "
+                "methods do nothing for it; pass input_ids and pixel_values",
+                VlmattnWarning,
+                stacklevel=2,
+            )
 
     def remove(self) -> None:
         """Undo everything; the model is bit for bit what it was."""
@@ -172,7 +189,13 @@ class Engine:
             return
         if module.training:
             raise CallError("methods are for inference: call model.eval() first, or session.remove() to train")
-        if self._arguments(module, args, kwargs).get("labels") is not None:
+        arguments = self._arguments(module, args, kwargs)
+        if self.program.pruners and isinstance(arguments.get("logits_to_keep"), Tensor):
+            raise CallError(
+                "logits_to_keep as a tensor would index the pruned sequence: give a number of last columns, or read "
+                "session.report().positions"
+            )
+        if arguments.get("labels") is not None:
             raise CallError("labels do not fit changed logits: call without labels, or remove the session for a loss")
 
     def _on_multimodal(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -181,9 +204,20 @@ class Engine:
         images = any(any(v is not None for v in x.values()) if isinstance(x, dict) else x is not None for x in given)
         self._local.call = _Call(arguments.get("input_ids"), images)
 
+    def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Whatever happened, the next call starts from nothing."""
+        for name in ("call", "keys"):
+            self._local.__dict__.pop(name, None)
+
     def _on_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: _Call | None = self._local.__dict__.pop("call", None)
         keys: dict[int, list[int]] = self._local.__dict__.pop("keys", {})
+        config: Any = self.text_model.config
+        if self.program.acts and not is_living(config):
+            raise CallError(
+                f"the attention implementation was set to {config._attn_implementation!r} while the "
+                "session was installed: call session.remove(), set it, and wrap again"
+            )
         arguments = self._arguments(module, args, kwargs)
         extra = arguments.pop("kwargs", {})
         arguments |= extra
@@ -200,6 +234,8 @@ class Engine:
                 self.last = live.plan
                 return self._enter(live, changed)
         plan = caches.plan_of(arguments.get("past_key_values"))
+        if plan is None and self.program.acts and call is not None and call.ids is None:
+            self._tell_embeddings()
         if plan is not None:
             return self._enter(*begin_decode(plan, self.program, arguments))
         return None
@@ -245,7 +281,13 @@ class Engine:
 
     @contextmanager
     def prompt_ends(self, length: int | None) -> Iterator[None]:
-        """Inside, columns from `length` on are tokens after the prompt, for this thread."""
+        """Inside, columns from `length` on are tokens after the prompt, for this thread.
+
+        Raises:
+            CallError: `length` is not a positive number.
+        """
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise CallError(f"prompt({length!r}): give the number of columns of the prompt, at least 1")
         before = self._local.__dict__.get("prompt_length")
         self._local.prompt_length = length
         try:
@@ -259,19 +301,25 @@ class Engine:
         It also notes where the prompt ends: assisted decoding sends guessed tokens through the prefill.
         """
 
+        signature = inspect.signature(original)
+
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
+            self._local.__dict__.pop("keys", None)
             if self.program.changes:
-                config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-                option = {name: kwargs.get(name, getattr(config, name, None)) for name in REFUSED_OPTIONS}
+                given = signature.bind(*args, **kwargs).arguments
+                options = given.get("kwargs", {}) | {k: v for k, v in given.items() if k != "kwargs"}
+                config = options.get("generation_config") or getattr(self.model, "generation_config", None)
                 for name, refused in REFUSED_OPTIONS.items():
-                    if refused(option[name]):
+                    value = options.get(name, getattr(config, name, None))
+                    if refused(value):
                         raise CallError(
-                            f"generate({name}={option[name]!r}) does not go with the installed methods: {WAY_OUT[name]}"
+                            f"generate({name}={value!r}) does not go with the installed methods: {WAY_OUT[name]}"
                         )
-            inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            with self.prompt_ends(inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim == 2 else None):
-                return original(*args, **kwargs)
+                ids = options.get("input_ids", options.get("inputs"))
+                with self.prompt_ends(ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None):
+                    return original(*args, **kwargs)
+            return original(*args, **kwargs)
 
         return generate
 

@@ -45,6 +45,11 @@ def read_prompt(
     visual = functools.reduce(torch.logical_or, [ids == token for token in placeholders])
     if not bool(visual.any()):
         return None
+    if ahead and bool(visual[:, -ahead:].any()):
+        raise CallError(
+            f"an image lies behind the first {ids.shape[1] - ahead} columns, which were said to be the prompt: "
+            "the prompt must hold all images"
+        )
     mask = arguments.get("attention_mask")
     # any other mask is refused later, or leaves nothing to do
     real = mask.bool() if isinstance(mask, Tensor) and mask.shape == visual.shape else torch.ones_like(visual)
@@ -56,6 +61,8 @@ def read_prompt(
     plan = Plan(real, visual, image_index(spans, ids.shape[1], ids.device), spans, ahead, samples=ids.shape[0])
     wrappers = torch.tensor([*family.wrappers(config), -1], device=ids.device)
     plan.text = real & ~visual & ~torch.isin(ids, wrappers)
+    if ahead:
+        plan.text[:, -ahead:] = real[:, -ahead:]  # a guess is text, whatever it looks like
     if keys:
         end = ids.shape[1] - ahead
         plan.keys = _assign_keys(ids[:, :end], real[:, :end], placeholders, spans, keys)
@@ -77,9 +84,10 @@ def _assign_keys(
     first = [
         [placeholders.index(int(ids[row, span.start])) for span in row_spans] for row, row_spans in enumerate(spans)
     ]
-    shown = {place: sum(kind == place for row in first for kind in row) for place in keys}
+    shown = {place: sum(kind == place for row in first for kind in row) for place in range(len(placeholders))}
+    keys = {place: keys.get(place, []) for place, count in shown.items() if count}
     copies = max((shown[place] // max(len(keys[place]), 1) for place in keys), default=1) or 1
-    if any(shown[place] != copies * len(keys[place]) for place in keys):
+    if any(shown[place] != copies * len(found) for place, found in keys.items()):
         raise CallError(
             f"{shown} images in the prompts, but { ({p: len(k) for p, k in keys.items()}) } went to the tower"
         )
@@ -190,6 +198,9 @@ class Pass:
             last = joined[:, -1 - self.plan.ahead].view(rows, heads, width // heads).float()
             half = self.plan.samples
             gain, divergence = method.gain(last[:half], last[half:])
+            # without an image both streams say the same, and what differs is rounding
+            seen = (self.plan.visual & self.plan.real)[:half].any(1, keepdim=True).to(gain.device)
+            gain, divergence = torch.where(seen, gain, 1.0), torch.where(seen, divergence, 0.0)
             self.plan.gains[index], self.plan.divergences[index] = gain, divergence
         if gain is None:
             return None
@@ -380,7 +391,10 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
         CallError: the call cannot be served.
     """
     program = engine.program
-    if not program.acts:
+    given = arguments.get("past_key_values")
+    if given is not None and caches.is_empty(given):
+        caches.forget(given)
+    if not program.acts and caches.plan_of(given) is None:
         return Pass(plan, program, prefill=True), arguments
     cache = _cache_for(engine, arguments)
     if cache is not None:

@@ -53,14 +53,18 @@ class VAR(Editor):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise SpecError(f"var.{name}={value!r} is outside [0, 1]")
-        if self.tau is not None and not self.tau > 0:
+        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
+        if self.tau is not None and not (number and self.tau > 0):
             raise SpecError(f"var.tau={self.tau!r}: expected a positive number, or None")
         if self.sinks is not None:
-            object.__setattr__(self, "sinks", tuple(self.sinks))
-            if not all(isinstance(dim, int) and dim >= 0 for dim in self.sinks or ()):
+            listed = isinstance(self.sinks, (list, tuple))
+            if not listed or not all(type(dim) is int and dim >= 0 for dim in self.sinks):
                 raise SpecError(f"var.sinks={self.sinks!r}: expected hidden dimensions such as [1415, 2533]")
-        if self.first_layer < 0:
-            raise LayerError(f"var.first_layer={self.first_layer}: layers count from 0")
+            object.__setattr__(self, "sinks", tuple(self.sinks))
+        for name in ("first_layer", "last_layer"):
+            value = getattr(self, name)
+            if (value is not None or name == "first_layer") and (type(value) is not int or value < 0):
+                raise LayerError(f"var.{name}={value!r} is not a layer: give an int, counting from 0")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -88,6 +92,8 @@ class VAR(Editor):
     def tags(self, view: LayerView) -> Tags:
         """Sinks by strength; a sample without a visual sink in this layer is left alone."""
         dims = view.sink_dims if self.sinks is None else self.sinks
+        if dims and max(dims) >= view.hidden.shape[-1]:
+            raise SpecError(f"{self}: this model has {view.hidden.shape[-1]} hidden dimensions, counting from 0")
         tau = 0.3125 * math.sqrt(view.hidden.shape[-1]) if self.tau is None else self.tau
         sink = sink_strength(view.hidden, dims) > tau if dims else torch.zeros_like(view.real)
         tag = view.visual.to(torch.uint8) * VISUAL + sink.to(torch.uint8) * TEXT_SINK

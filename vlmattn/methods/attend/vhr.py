@@ -62,6 +62,9 @@ class VHR(HeadGain):
             raise SpecError(f"vhr.depth={self.depth!r}: expected a number of layers or a share of all")
         if isinstance(self.depth, float) and self.depth > 1:
             raise SpecError(f"vhr.depth={self.depth!r}: a share cannot exceed 1; give an int for a number of layers")
+        first = self.first_layer
+        if first is not None and (isinstance(first, bool) or not isinstance(first, int)):
+            raise LayerError(f"vhr.first_layer={first!r} is not a layer: give an int, or None")
         if not isinstance(self.outlier_rule, bool):
             raise SpecError(f"vhr.outlier_rule={self.outlier_rule!r}: expected True or False")
 
@@ -84,6 +87,8 @@ class VHR(HeadGain):
         count = self.depth if isinstance(self.depth, int) else math.floor(self.depth * num_layers + 0.5)
         if count > num_layers or (self.first_layer is not None and not 0 <= self.first_layer < num_layers):
             raise LayerError(f"{self}: this model has {num_layers} decoder layers")
+        if count == 0 and self.first_layer is None:
+            raise LayerError(f"{self}: no layer of {num_layers} is left to reinforce; raise depth or name first_layer")
         early = set() if self.first_layer is None else {self.first_layer}
         return sorted(early | set(range(num_layers - count, num_layers)))
 

@@ -37,7 +37,7 @@ class FastV(Pruner):
     def __post_init__(self) -> None:
         """Validate the fields."""
         super().__post_init__()
-        if self.query not in QUERIES:
+        if not isinstance(self.query, str) or self.query not in QUERIES:
             raise SpecError(f"fastv.query={self.query!r}: expected one of {', '.join(QUERIES)}")
 
     @property

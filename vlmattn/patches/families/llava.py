@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmattn.errors import CallError
 from vlmattn.patches.families.base import Family, register
 from vlmattn.spans import Geometry
 
@@ -59,6 +60,12 @@ def _geometry(image_processor: Any, size: tuple[int, int], grid: tuple[int, int,
 
 
 def _input_grids(config: Any, inputs: Mapping[str, Any]) -> Sequence[tuple[int, int, int]]:
+    if config.vision_feature_select_strategy == "full":
+        raise CallError(
+            "with vision_feature_select_strategy='full' the first visual token is no patch: no map to pixels"
+        )
+    if "pixel_values" not in inputs:
+        raise CallError("the inputs hold no pixel_values: give what the processor made of the images")
     return [(1, _side(config), _side(config))] * len(inputs["pixel_values"])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmattn.errors import CallError
 from vlmattn.patches.families.base import Family, register
 from vlmattn.spans import Geometry
 
@@ -24,6 +25,8 @@ def _geometry(image_processor: Any, size: tuple[int, int], grid: tuple[int, int,
 
 
 def _input_grids(config: Any, inputs: Mapping[str, Any]) -> Sequence[tuple[int, int, int]]:
+    if inputs.get("image_grid_thw") is None:
+        raise CallError("the inputs hold no image_grid_thw: give what the processor made of the images")
     merge = config.vision_config.spatial_merge_size
     return [(t, h // merge, w // merge) for t, h, w in inputs["image_grid_thw"].tolist()]
 
