@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import oracle
@@ -272,6 +273,25 @@ def test_backends_agree_over_prefill_and_16_steps(model, batch, text):
     assert torch.equal(quick.sequences, slow.sequences)
     assert gap(quick.logits, slow.logits) < 1e-5
     assert gap(quick.logits, plain) > 1e-3
+
+
+PARTS = {"var": VAR_TINY, "fastv": "fastv(keep=0.6, before_layer=2)", "random": "random(keep=0.7, before_layer=0)"}
+
+
+PAIRED = {frozenset(pair): pair for pair in itertools.combinations(spec.registry(), 2)}
+
+
+@pytest.mark.parametrize("pair", list(PAIRED.values()), ids="+".join)
+def test_all_pairs_agree_with_the_reference_backend(model, batch, pair):
+    """In both orders of the spec: the order of composition is fixed."""
+    parts = [PARTS.get(name, f"{name}(before_layer=1)" if name == "uniform" else name) for name in pair]
+    runs = []
+    for backend, order in (("rows", parts), ("reference", parts), ("rows", parts[::-1])):
+        with vlmattn.wrap(model, " + ".join(order)) as session:
+            session.use_backend(backend)
+            runs.append(generate(model, batch, 8).logits)
+    assert gap(runs[0], runs[1]) < 1e-5
+    assert gap(runs[0], runs[2]) == 0.0
 
 
 @pytest.mark.parametrize("text", COMPOSED)

@@ -238,5 +238,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.axvline(1.0, color="0.6", linewidth=0.8)
     axes.set_xlabel("prefill, relative to plain SDPA in the same round")
     axes.set_title(f"{result['bench']}: {result['cpu']['model']}, {result['cpu']['threads']} threads", fontsize=10)
-    axes.legend(loc="lower right")
+    axes.set_xlim(right=1.12 * max(row["prefill_ratio"] for row in rows))
+    axes.legend(loc="upper right")
     figure.savefig(path, dpi=120)

@@ -10,7 +10,7 @@ wrap an image; both streams are scaled; unbiased standard deviation, lower media
 all positions; in a second turn the heads of the first one stay.
 
 Cost: the text-only prompt goes through the prefill beside the prompt, padded to its width, so the decoder's prefill
-takes about twice as long; later steps cost the scaling only.
+takes more than twice as long; later steps cost the scaling only.
 """
 
 from __future__ import annotations
