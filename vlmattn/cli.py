@@ -48,7 +48,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Prune the visual tokens of a Hugging Face vision-language model, and see what it costs and what it saves.\n\n"
+    help="Prune the visual tokens of a Hugging Face vision-language model, redirect its attention, "
+    "and see what that costs and saves.\n\n"
     "Start with [bold]vlmattn demo[/]: it needs no download. [bold]vlmattn methods[/] lists what can be installed.\n\n"
     "A method spec is a name with parameters, methods are joined by '+': "
     "[bold]fastv(keep=0.5) + random(keep=0.5, before_layer=3)[/]; [bold]none[/] is the model as it is.",

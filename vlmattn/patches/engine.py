@@ -27,7 +27,8 @@ from vlmattn.methods.base import Editor, HeadGain, Method, Pruner
 from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
 from vlmattn.patches.attention import Registration, is_living
-from vlmattn.patches.passes import Pass, Program, begin_decode, begin_prefill, read_prompt
+from vlmattn.patches.passes import Pass, Program, begin_decode, begin_prefill
+from vlmattn.patches.prompt import read_prompt
 from vlmattn.patches.vision import tapped
 from vlmattn.plan import Plan
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,98 +10,19 @@ import torch
 from torch import Tensor
 
 from vlmattn.edits import NOT_A_KEY, TEXT, VISUAL, Tags
-from vlmattn.errors import CallError, SpecError
+from vlmattn.errors import CallError
 from vlmattn.kernels.rows import Request
-from vlmattn.methods.base import Editor, HeadGain, LayerView, Pruner, View
+from vlmattn.methods.base import Editor, HeadGain, LayerView, Pruner
 from vlmattn.patches import cache as caches
 from vlmattn.patches import streams
 from vlmattn.patches.attention import PRIVATE, Work
-from vlmattn.patches.families.base import Family
-from vlmattn.patches.vision import content_key
-from vlmattn.plan import Plan, Stage, compact, decode_mask, gather_rows, prefill_mask
-from vlmattn.spans import Span, find_spans, image_index
+from vlmattn.patches.selection import choose, frame, query_rows
+from vlmattn.plan import Plan, Stage, decode_mask, gather_rows, prefill_mask
 
 if TYPE_CHECKING:
     from vlmattn.patches.engine import Engine
 
 SCORE_NEEDS = ("last_row_scores", "text_row_scores", "all_row_scores")
-
-
-def read_prompt(
-    family: Family, config: Any, ids: Tensor, ahead: int, arguments: Mapping[str, Any], keys: Mapping[int, list[int]]
-) -> Plan | None:
-    """A fresh plan with the visual tokens of `ids` `(B, N)`; None if there are none.
-
-    Args:
-        family, config: of the wrapped model.
-        ids: the prompt, padded, and `ahead` guessed tokens after it.
-        ahead: how many of the last columns are guesses (assisted decoding verifies some together with the prompt).
-        arguments: the text model's arguments.
-        keys: content keys of the images, in batch order, by feature method.
-    """
-    placeholders = family.placeholders(config)
-    visual = functools.reduce(torch.logical_or, [ids == token for token in placeholders])
-    if not bool(visual.any()):
-        return None
-    if ahead and bool(visual[:, -ahead:].any()):
-        raise CallError(
-            f"an image lies behind the first {ids.shape[1] - ahead} columns, which were said to be the prompt: "
-            "the prompt must hold all images"
-        )
-    mask = arguments.get("attention_mask")
-    # any other mask is refused later, or leaves nothing to do
-    real = mask.bool() if isinstance(mask, Tensor) and mask.shape == visual.shape else torch.ones_like(visual)
-    positions = arguments.get("position_ids")
-    spans = [
-        tuple(dataclasses.replace(span, grid=_grid(family, config, positions, row, span)) for span in row_spans)
-        for row, row_spans in enumerate(find_spans(visual, family.tokens_per_image(config)))
-    ]
-    plan = Plan(real, visual, image_index(spans, ids.shape[1], ids.device), spans, ahead, samples=ids.shape[0])
-    wrappers = torch.tensor([*family.wrappers(config), -1], device=ids.device)
-    plan.text = real & ~visual & ~torch.isin(ids, wrappers)
-    if ahead:
-        plan.text[:, -ahead:] = real[:, -ahead:]  # a guess is text, whatever it looks like
-    if keys:
-        end = ids.shape[1] - ahead
-        plan.keys = _assign_keys(ids[:, :end], real[:, :end], placeholders, spans, keys)
-    return plan
-
-
-def _grid(family: Family, config: Any, positions: Tensor | None, row: int, span: Span) -> tuple[int, int, int] | None:
-    rows = None
-    if family.rope == "mrope" and positions is not None and positions.ndim == 3 and len(positions) >= 3:
-        axes = positions[-3:]
-        rows = axes[:, row if axes.shape[1] > 1 else 0, span.start : span.start + span.length]
-    return family.grid(config, span.length, rows)
-
-
-def _assign_keys(
-    ids: Tensor, real: Tensor, placeholders: list[int], spans: list[tuple[Span, ...]], keys: Mapping[int, list[int]]
-) -> tuple[tuple[int, ...], ...]:
-    """One key per sample and image from text and pixels; beams repeat the images of their sample."""
-    first = [
-        [placeholders.index(int(ids[row, span.start])) for span in row_spans] for row, row_spans in enumerate(spans)
-    ]
-    shown = {place: sum(kind == place for row in first for kind in row) for place in range(len(placeholders))}
-    keys = {place: keys.get(place, []) for place, count in shown.items() if count}
-    copies = max((shown[place] // max(len(keys[place]), 1) for place in keys), default=1) or 1
-    if any(shown[place] != copies * len(found) for place, found in keys.items()):
-        raise CallError(
-            f"{shown} images in the prompts, but { ({p: len(k) for p, k in keys.items()}) } went to the tower"
-        )
-    cursor = dict.fromkeys(keys, 0)
-    result: list[tuple[int, ...]] = []
-    for row, kinds in enumerate(first):
-        if row % copies:
-            result.append(result[-1])
-            continue
-        text = ids[row][real[row]]
-        mine = []
-        for kind in kinds:
-            mine.append(content_key(text, keys[kind][cursor[kind]]))
-            cursor[kind] += 1
-        result.append(tuple(mine))
-    return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -293,92 +212,6 @@ def _edited_rows(editor: Editor | None, plan: Plan, stage: Stage | None) -> Tens
     if editor.edit().rows == "last":
         return query_rows("last_row_scores", plan, stage) & visual.any(1, keepdim=True)
     return real & ~visual & (visual.cumsum(1) > 0)
-
-
-def query_rows(need: str, plan: Plan, stage: Stage | None) -> Tensor:
-    """`(B, M)` bool, the query rows of a layer whose attention a need is about; guessed tokens never count."""
-    _, real, visual = frame(plan, stage)
-    prompt = real.clone()
-    if plan.ahead:
-        prompt[:, -plan.ahead :] = False
-    if need == "last_row_scores":
-        last = torch.zeros_like(real)
-        last[:, -1 - plan.ahead] = True
-        return last
-    return prompt if need == "all_row_scores" else prompt & ~visual
-
-
-def frame(plan: Plan, stage: Stage | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompt columns `(B, M)`, real and visual flags `(B, M)` of the slots that a stage (or the whole prompt) has."""
-    if stage is None:
-        columns = torch.arange(plan.length, device=plan.visual.device).expand_as(plan.visual)
-        return columns, plan.real, plan.visual & plan.real
-    columns = stage.positions
-    real = plan.real.gather(1, columns)
-    if stage.valid is not None:
-        real = real & stage.valid
-    return columns, real, plan.visual.gather(1, columns) & real
-
-
-def choose(pruner: Pruner, layer: int, hidden: Tensor, plan: Plan) -> tuple[Stage, Tensor] | None:
-    """Ask a pruner which visual tokens stay before `layer`.
-
-    Args:
-        hidden: `(B, M, C)` the layer's input.
-
-    Returns:
-        The new stage and the slots `(B, M')` of `hidden` that stay, or None if everything stays.
-
-    Raises:
-        SpecError: the method returned something that is not a decision about these tokens.
-    """
-    before = plan.stage(layer)
-    columns, real, visual = frame(plan, before)
-    width = int(visual.sum(1).max())
-    order = torch.argsort((~visual).long(), dim=1, stable=True)[:, :width]
-    shown = visual.gather(1, order)
-    keep = pruner.select(_view(pruner, layer, hidden, plan, columns, order, shown)).mask
-    if keep.shape != shown.shape or keep.dtype != torch.bool:
-        raise SpecError(
-            f"{pruner}: select() must give a bool mask of shape {tuple(shown.shape)}, "
-            f"got {keep.dtype} {tuple(keep.shape)}"
-        )
-    stays = keep & shown
-    if bool((stays == shown).all()):
-        return None
-    kept = (real & ~visual).scatter(1, order, stays | (real & ~visual).gather(1, order))
-    slots, valid = compact(kept)
-    if layer == 0:
-        base = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
-    else:
-        base = slots if before is None or before.layer == 0 else before.base.gather(1, slots)
-    return Stage(layer, str(pruner), columns.gather(1, slots), base, valid), slots
-
-
-def _view(
-    pruner: Pruner, layer: int, hidden: Tensor, plan: Plan, columns: Tensor, order: Tensor, shown: Tensor
-) -> View:
-    if "content_key" in pruner.needs and plan.keys is None:
-        raise CallError(f"{pruner} draws by the image's pixels: pass pixel_values, not precomputed features")
-    where = columns.gather(1, order)
-    image = torch.where(shown, plan.image.gather(1, where), -1)
-    images = max(len(spans) for spans in plan.spans)
-    counts = torch.stack([(image == i).sum(1) for i in range(images)], 1)
-    start = torch.zeros_like(counts)
-    for row, spans in enumerate(plan.spans):
-        for span in spans:
-            start[row, span.image] = span.start
-    scores = plan.scores.pop(layer - 1, None)
-    return View(
-        layer=layer,
-        image=image,
-        counts=counts,
-        spans=tuple(tuple(spans) for spans in plan.spans),
-        index=torch.where(shown, where - start.gather(1, image.clamp_min(0)), -1),
-        hidden=gather_rows(hidden, order.to(hidden.device)) if "layer_input" in pruner.needs else None,
-        scores=None if scores is None else scores.to(order.device).gather(1, order),
-        keys=plan.keys,
-    )
 
 
 def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
