@@ -24,7 +24,6 @@ FAMILIES = sorted(tiny.MODELS)
 PRUNE = ["fastv(keep=0.5, before_layer=2)", "random(keep=0.5, before_layer=0)", "uniform(keep=5, before_layer=1)"]
 BOTH_ENDS = "random(keep=0.7, before_layer=0) + fastv(keep=0.5, before_layer=2)"
 
-families = pytest.mark.parametrize("family", FAMILIES)
 specs = pytest.mark.parametrize("text", [*PRUNE, BOTH_ENDS])
 
 

@@ -161,10 +161,6 @@ def test_groups_have_budgets_of_their_own():
     ]
 
 
-def test_from_index():
-    assert Keep.from_index(torch.tensor([[0, 2]]), torch.zeros(1, 4)).mask.tolist() == [[True, False, True, False]]
-
-
 # methods on worked examples
 
 

@@ -19,12 +19,6 @@ class Keep:
     mask: Tensor
 
     @classmethod
-    def from_index(cls, index: Tensor, like: Tensor) -> Keep:
-        """Keep the tokens named by `index` `(B, n)` (long) out of `like` `(B, V)`."""
-        mask = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
-        return cls(mask.scatter(1, index, torch.ones_like(index, dtype=torch.bool)))
-
-    @classmethod
     def top(cls, score: Tensor, group: Tensor, counts: Tensor) -> Keep:
         """Keep the best-scored tokens of every group; of equal scores the lower index wins.
 
