@@ -275,7 +275,12 @@ def test_backends_agree_over_prefill_and_16_steps(model, batch, text):
     assert gap(quick.logits, plain) > 1e-3
 
 
-PARTS = {"var": VAR_TINY, "fastv": "fastv(keep=0.6, before_layer=2)", "random": "random(keep=0.7, before_layer=0)"}
+PARTS = {
+    "var": VAR_TINY,
+    "fastv": "fastv(keep=0.6, before_layer=2)",
+    "random": "random(keep=0.7, before_layer=0)",
+    "noimage": "noimage(before_layer=3)",
+}
 
 
 PAIRED = {frozenset(pair): pair for pair in itertools.combinations(spec.registry(), 2)}

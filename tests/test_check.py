@@ -69,6 +69,7 @@ def verdicts(result: CheckResult) -> dict[str, str]:
     [
         ("none", {"removal = masking", "backends"}),
         ("fastv(keep=0.5, before_layer=2)", {"backends"}),
+        ("noimage", {"backends"}),
         (VAR_TINY, {"removal = masking"}),
         (ALL, set()),
     ],

@@ -7,6 +7,7 @@ equals single, O8 undo, O9 eager and SDPA agree, O10 text passes through.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import oracle
@@ -16,10 +17,11 @@ import torch
 
 import vlmattn
 from vlmattn import budget, spec
-from vlmattn.methods.base import Pruner
+from vlmattn.errors import CallError, LayerError
+from vlmattn.methods.base import Keep, Pruner, Selector, View
 
 STEPS = 6
-PRUNERS = [name for name, info in spec.registry().items() if issubclass(info.cls, Pruner)]
+PRUNERS = [name for name, info in spec.registry().items() if issubclass(info.cls, Selector)]
 FAMILIES = sorted(tiny.MODELS)
 ATTENTION = ["sdpa", "eager"]
 BATCH = ["single", "padded"]
@@ -30,8 +32,9 @@ def cases() -> list[str]:
     found = []
     for name in PRUNERS:
         cls = spec.registry()[name].cls
-        assert issubclass(cls, Pruner)
-        found += [f"{name}(keep=0.5, before_layer={layer})" for layer in sorted({cls.min_layer, 2})]
+        assert issubclass(cls, Selector)
+        budget = "keep=0.5, " if issubclass(cls, Pruner) else ""
+        found += [f"{name}({budget}before_layer={layer})" for layer in sorted({cls.min_layer, 2})]
     return found
 
 
@@ -42,6 +45,8 @@ SPECS = [
     "uniform(keep=0.5, before_layer=0, mode='2d', exact_budget=True)",
     "random(keep=0.7, before_layer=0) + fastv(keep=0.5, before_layer=2)",
     "fastv(keep=0.6, before_layer=1) + random(keep=0.5, before_layer=3)",
+    "fastv(keep=0.5, before_layer=1) + noimage(before_layer=3)",
+    "noimage + fastv(keep=0.5, before_layer=2)",
 ]
 
 
@@ -67,16 +72,20 @@ def batch_of(family: str, shape: str) -> dict[str, torch.Tensor]:
 
 
 def full_keep(text: str) -> list[Any]:
-    """The same methods told to keep everything."""
-    return [dataclasses.replace(method, keep=1.0) for method in spec.parse(text)]
+    """The same methods told to keep everything; those that cannot, left out."""
+    return [
+        dataclasses.replace(method, keep=1.0) if isinstance(method, Pruner) else method.disabled()
+        for method in spec.parse(text)
+    ]
 
 
 def expected_counts(text: str, visual: int) -> list[int]:
     """Visual tokens per layer that the budgets promise, from the vocabulary's rounding alone."""
     counts, left = [], visual
-    schedule = {method.resolve_layer(tiny.LAYERS): method.keep for method in spec.parse(text)}
+    schedule = {method.resolve_layer(tiny.LAYERS): getattr(method, "keep", None) for method in spec.parse(text)}
     for layer in range(tiny.LAYERS):
-        left = budget.count(left, schedule[layer]) if layer in schedule else left
+        if layer in schedule and left:
+            left = 0 if schedule[layer] is None else budget.count(left, schedule[layer])
         counts.append(left)
     return counts
 
@@ -262,3 +271,165 @@ def test_fastv_budgets_are_nested(family):
         if previous is not None:
             assert all(small <= large for small, large in zip(previous, kept, strict=True))
         previous = kept
+
+
+EXPECTED = [
+    *cases(),
+    *PRUNERS,
+    *("var(sinks=[1])", "vhr", "fastv(keep=1.0)", "fastv(keep=7)", "fastv(keep=99, before_layer=1)"),
+    *("uniform(keep=0.3, mode='2d')", "uniform(keep=7, mode='2d', before_layer=1)"),
+    "uniform(keep=0.3, mode='2d', exact_budget=True)",
+]
+
+
+@families
+@pytest.mark.parametrize("text", EXPECTED)
+def test_expected_tokens_are_the_reports(family, text):
+    """What a method says without a model is what happens, on square and (M-RoPE family) on wide grids."""
+    model, batch = model_of(family, "sdpa"), batch_of(family, "padded")
+    (method,) = spec.parse(text)
+    with vlmattn.wrap(model, text) as session:
+        model(**batch)
+        report = session.report()
+    grids = [None, None if family == "llava" else (1, 4, 6)]
+    for visual, counts, grid in zip(report.visual_tokens, report.visual_per_layer, grids, strict=True):
+        assert method.expected_tokens(visual, tiny.LAYERS, grid) == counts
+        assert method.expected_tokens(visual, tiny.LAYERS) == counts  # 4 x 6 is the squarest grid of 24
+    assert method.expected_tokens(0, tiny.LAYERS) == [0] * tiny.LAYERS
+
+
+def test_expected_tokens_depend_on_the_grid():
+    """A sub-grid of a narrow image holds other numbers than one of a square."""
+    (method,) = spec.parse("uniform(keep=5, mode='2d')")
+    assert method.expected_tokens(16, 2) == [4, 4]
+    assert method.expected_tokens(16, 2, (1, 1, 16)) == [5, 5]
+    with pytest.raises(CallError, match="needs the whole grid"):
+        method.expected_tokens(16, 2, (1, 4, 5))
+    with pytest.raises(LayerError, match="2 decoder layers"):
+        spec.parse("random(before_layer=2)")[0].expected_tokens(16, 2)
+
+
+# No visual token left
+
+
+@families
+@both
+@shapes
+def test_without_an_image_only_text_is_left(family, attention, shape):
+    """The logits of the text are those of a full run in which nobody sees the image."""
+    model, batch = model_of(family, attention), batch_of(family, shape)
+    visual = batch["input_ids"] == tiny.IMAGE
+    with vlmattn.wrap(model, "noimage") as session:
+        logits = model(**batch).logits
+        report = session.report()
+    text = [(real.bool() & ~image).nonzero()[:, 0].tolist() for real, image in zip(batch["attention_mask"], visual)]
+    masked = oracle.masked_forward(model, batch, 0, text)
+    for row, columns in enumerate(text):
+        assert gap(logits[row, -len(columns) :], masked[row, columns]) < 1e-4
+    assert report.positions == text
+    assert report.visual_per_layer == [[0] * tiny.LAYERS] * len(text) and report.average_visual_tokens == 0
+    assert [stage.kept for stage in report.stages] == [[[[]]] * len(text)]
+    config = model.config.get_text_config()
+    head = config.hidden_size // config.num_attention_heads
+    assert report.kv_bytes == sum(map(len, text)) * tiny.LAYERS * 2 * config.num_key_value_heads * head * 4
+    assert report.to_dict()["speedup"] > 1 and "0 in layers 0-3" in str(report)
+
+
+@families
+def test_without_an_image_pixels_do_not_matter(family):
+    model, batch = model_of(family, "sdpa"), batch_of(family, "padded")
+    other = batch | {"pixel_values": batch["pixel_values"].flip(-1)}
+    assert gap(model(**batch).logits, model(**other).logits) > 1e-3
+    with vlmattn.wrap(model, "noimage"):
+        a, b = generate(model, batch), generate(model, other)
+    assert torch.equal(a.sequences, b.sequences)
+    assert all(torch.equal(first, second) for first, second in zip(a.logits, b.logits, strict=True))
+
+
+@families
+@pytest.mark.parametrize("text", ["noimage", "noimage(before_layer=2)"])
+def test_without_an_image_beams_lookup_and_a_second_turn(family, text):
+    model, batch = model_of(family, "sdpa"), batch_of(family, "padded")
+    with vlmattn.wrap(model, text):
+        beams = model.generate(**batch, max_new_tokens=STEPS, num_beams=3, num_return_sequences=2, do_sample=False)
+        for row in range(2):
+            one = tiny.single(batch, row)
+            alone = model.generate(**one, max_new_tokens=STEPS, num_beams=3, num_return_sequences=2, do_sample=False)
+            assert torch.equal(beams[2 * row : 2 * row + 2, -STEPS:], alone[:, -STEPS:])
+        one["input_ids"][:, -4:] = torch.tensor([[5, 6, 5, 6]])
+        greedy = generate(model, one, 12)
+        lookup = generate(model, one, 12, prompt_lookup_num_tokens=3)
+        assert torch.equal(greedy.sequences, lookup.sequences[:, : greedy.sequences.shape[1]])
+        ids = torch.cat([greedy.sequences, torch.tensor([[7, 8, 9]])], 1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": greedy.past_key_values}
+        again = model.generate(**turn, max_new_tokens=2, do_sample=False)
+        longer = one | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "mm_token_type_ids" in one:
+            longer["mm_token_type_ids"] = (ids == tiny.IMAGE).long()
+        assert torch.equal(again, model.generate(**longer, max_new_tokens=2, do_sample=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blind(Selector):
+    """Drops the image of every second sample."""
+
+    before_layer: int = 0
+
+    def disabled(self) -> None:
+        """Nothing."""
+
+    def select(self, view: View) -> Keep:
+        """All tokens of even rows."""
+        return Keep((torch.arange(len(view.image)) % 2 == 0)[:, None].expand_as(view.image))
+
+
+Blind.name = "blind"
+EDITS = ["var(sinks=[1, 2, 3], tau=1.5, rho=0.2, min_visual=0.05, first_layer=1)", "vhr"]
+LATER = ["fastv(keep=0.5, before_layer=3)", "random(keep=3, before_layer=3)", "uniform(keep=3, before_layer=3)"]
+
+
+@families
+@both
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("after", ["none", *LATER, "noimage(before_layer=3)", *EDITS])
+def test_some_samples_without_an_image(family, attention, layer, after):
+    """Rows with and without visual tokens side by side do what they do alone."""
+    model, batch = model_of(family, attention), batch_of(family, "padded")
+    rest = spec.parse(after)
+    with vlmattn.wrap(model, [Blind(layer), *rest]) as session:
+        session.record()
+        together, report = generate(model, batch), session.report()
+    assert report.visual_per_layer[1] == [24 if family != "llava" else 16] * layer + [0] * (tiny.LAYERS - layer)
+    assert report.visual_per_layer[0][2] == 16
+    for row, first in enumerate((None, f"noimage(before_layer={layer})")):
+        with vlmattn.wrap(model, [first, *rest]):
+            alone = generate(model, tiny.single(batch, row))
+        assert max(gap(a[row], b[0]) for a, b in zip(together.logits, alone.logits, strict=True)) < 1e-4
+
+
+@families
+def test_edits_without_an_image(family):
+    """At the entry nothing is left to redistribute to, and no head can react to an image; later something is."""
+    model, batch = model_of(family, "sdpa"), batch_of(family, "padded")
+    with vlmattn.wrap(model, "noimage"):
+        plain = generate(model, batch)
+    for edit in EDITS:
+        with vlmattn.wrap(model, f"noimage + {edit}") as session:
+            session.record()
+            edited = generate(model, batch)
+            stats = session.stats()
+        assert torch.equal(plain.sequences, edited.sequences)
+        assert max(gap(a, b) for a, b in zip(plain.logits, edited.logits, strict=True)) < 1e-4
+        assert float(stats["visual_mass"].values.abs().max()) == 0.0
+        assert "gain" not in stats or float(stats["gain"].values.nan_to_num(1.0).min()) == 1.0
+    with vlmattn.wrap(model, f"noimage(before_layer=2) + {EDITS[1]}") as session:
+        generate(model, batch)
+        assert float(session.stats()["gain"].values.nan_to_num(1.0).max()) == 2.0
+
+
+def test_a_prompt_must_not_be_left_empty():
+    model, batch = model_of("llava", "sdpa"), tiny.prompts("llava", images=(1,))
+    batch = {"input_ids": torch.full((1, 16), tiny.IMAGE), "pixel_values": batch["pixel_values"]}
+    assert math.isfinite(float(model(**batch).logits.sum()))
+    with vlmattn.wrap(model, "noimage"), pytest.raises(CallError, match="left empty: add text"):
+        model(**batch)

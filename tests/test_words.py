@@ -9,7 +9,7 @@ import torch
 
 from vlmattn import budget, cost, spec
 from vlmattn.edits import Keep
-from vlmattn.errors import BudgetError, CallError, SpecError, UnknownMethodError
+from vlmattn.errors import BudgetError, CallError, LayerError, SpecError, UnknownMethodError
 from vlmattn.methods.base import Method, View, register
 from vlmattn.methods.prune.fastv import FastV
 from vlmattn.methods.prune.random import Random
@@ -75,6 +75,18 @@ def test_text_round_trips(text):
 def test_one_token_and_everything_are_different_texts():
     assert spec.text(spec.parse("fastv(keep=1)")) == "fastv(keep=1)"
     assert spec.text(spec.parse("fastv(keep=1.0)")) == "fastv(keep=1.0)"
+
+
+def test_noimage_has_a_layer_and_no_budget():
+    (method,) = spec.parse("noimage(before_layer=2)")
+    assert str(method) == "noimage(before_layer=2)" and not method.is_noop
+    assert method.expected_tokens(576, 4) == [576, 576, 0, 0]
+    assert spec.parse([method.disabled(), "fastv"]) == spec.parse("fastv")
+    with pytest.raises(UnknownMethodError, match="noimage has no parameter 'keep'"):
+        spec.parse("noimage(keep=0.5)")
+    for layer in ("-1", "1.5", "True"):
+        with pytest.raises(LayerError):
+            spec.parse(f"noimage(before_layer={layer})")
 
 
 def test_every_registered_method_round_trips_and_is_described():

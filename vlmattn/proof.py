@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from vlmattn.errors import CallError, VlmattnError
-from vlmattn.methods.base import Editor, Method, Pruner
+from vlmattn.methods.base import Editor, Method, Pruner, Selector
 from vlmattn.patches import families
 from vlmattn.session import Session, wrap
 from vlmattn.spans import find_spans
@@ -185,7 +185,7 @@ class Proof:
 
     def removal(self) -> CheckRow:
         """Pruned logits equal an unpruned run in which the dropped keys are masked from their layer on."""
-        pruners = [method for method in self.methods if isinstance(method, Pruner) and not method.is_noop]
+        pruners = [method for method in self.methods if isinstance(method, Selector) and not method.is_noop]
         if not pruners:
             return _row(None, None, None, "no method drops tokens")
         if self.attention not in ("sdpa", "eager"):

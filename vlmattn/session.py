@@ -19,6 +19,7 @@ from vlmattn.methods.base import Method
 from vlmattn.patches import families as family_registry
 from vlmattn.patches.engine import Engine
 from vlmattn.patches.stats import Statistic, collect
+from vlmattn.patches.vision import VisionStore as VisionStore
 from vlmattn.report import Report
 from vlmattn.spans import Geometry
 
@@ -133,6 +134,20 @@ class Session:
         if name is not None and name not in BACKENDS:
             raise SpecError(f"unknown attention backend {name!r}: expected one of {', '.join(BACKENDS)}")
         self._engine.configure(self.methods, backend=name or "rows")
+
+    def share_vision(self, store: VisionStore | None) -> None:
+        """Take vision features from a store and leave new ones there, from the next call on; None: share no longer.
+
+        Sessions on the same model that share a store, one after the other, run the vision tower once for equal images.
+        What they compute is bit for bit the same. Methods that need to see inside the tower run it all the same.
+
+        Raises:
+            CallError: it is not a `VisionStore`, it holds features of another model, or the session was removed.
+        """
+        self._alive()
+        if store is not None and not isinstance(store, VisionStore):
+            raise CallError(f"share_vision({store!r}): give a vlmattn.VisionStore, or None to stop sharing")
+        self._engine.share(store)
 
     @contextmanager
     def prompt(self, length: int) -> Iterator[None]:

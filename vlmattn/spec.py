@@ -21,7 +21,7 @@ from typing import Any
 from vlmattn.errors import SpecError, UnknownMethodError, nearest
 from vlmattn.methods.base import REGISTRY, Method
 
-Spec = str | Method | Sequence["str | Method"] | None
+Spec = str | Method | Sequence["str | Method | None"] | None
 
 
 @dataclass(frozen=True)

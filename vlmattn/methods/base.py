@@ -73,9 +73,28 @@ class Method(ABC):
         """True if these parameters leave the model exactly as it is, so that nothing need be installed."""
         return False
 
-    def disabled(self) -> Method:
-        """The same method with its strength at the value that changes nothing."""
+    def disabled(self) -> Method | None:
+        """The same method with its strength at the value that changes nothing; None if it has no strength, so that only
+        leaving it out (None is a spec of nothing) disables it."""
         raise NotImplementedError(f"{type(self).__name__} must implement disabled()")
+
+    def expected_tokens(self, visual: int, num_layers: int, grid: tuple[int, int, int] | None = None) -> list[int]:
+        """Visual tokens in each decoder layer for one image, without running a model; methods that drop none: all.
+
+        Args:
+            visual: visual tokens that the image has, 0 or more.
+            num_layers: decoder layers of the model.
+            grid: `(t, h, w)` of the image's visual tokens; only methods that look at it need it, and where it is None
+                they assume one frame as near to a square as `visual` allows.
+
+        Returns:
+            `num_layers` ints: what `session.report().visual_per_layer` has for a prompt with this one image.
+
+        Raises:
+            LayerError: the method does not fit this depth.
+            CallError: the method does not fit this grid.
+        """
+        return [visual] * num_layers
 
     def __str__(self) -> str:
         shown = [
@@ -123,15 +142,11 @@ class View:
 SCOPES = ("image", "sample")
 
 
-@dataclass(frozen=True)
-class Pruner(Method):
-    """Keeps a part of the visual tokens before one decoder layer.
+class Selector(Method):
+    """Decides which visual tokens stay before one decoder layer.
 
-    A subclass implements `score` (higher stays; equal scores: the lower index stays) or `select`. The base resolves
-    budgets, order, several images and unequal rows.
-
-    Raises:
-        BudgetError, LayerError, SpecError: a parameter is out of range.
+    A subclass is a frozen dataclass with a field `before_layer` and implements `select` and `left`. Most methods keep a
+    share or a number of the tokens: they start from `Pruner`.
     """
 
     kind: ClassVar[str] = "prune"
@@ -139,19 +154,14 @@ class Pruner(Method):
     paper_depth: ClassVar[int] = 32
     min_layer: ClassVar[int] = 0
 
-    keep: float | int = param(0.5, "share (float in (0, 1]) or number (int) of the arriving visual tokens that stays")
-    before_layer: int | None = param(
-        None, "0-indexed decoder layer whose input is pruned (0: before the LLM); None: the paper's layer at this depth"
-    )
-    budget_scope: str = param(
-        "image", "'image': the budget holds for every image; 'sample': for all images of a prompt"
-    )
+    before_layer: int | None
 
     def __post_init__(self) -> None:
-        """Validate the fields."""
-        budget.check(self.keep, f"{self.name}.keep")
-        if self.budget_scope not in SCOPES:
-            raise SpecError(f"{self.name}.budget_scope={self.budget_scope!r}: expected one of {', '.join(SCOPES)}")
+        """Validate `before_layer`.
+
+        Raises:
+            LayerError: it is no layer, or too early for this method.
+        """
         layer = self.before_layer
         if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
             raise LayerError(f"{self.name}.before_layer={layer!r} is not a layer: give an int, or None for the paper's")
@@ -160,15 +170,6 @@ class Pruner(Method):
             raise LayerError(
                 f"{self.name}.before_layer={layer} is too early: the first possible is {self.min_layer}{why}"
             )
-
-    @property
-    def is_noop(self) -> bool:
-        """True for `keep=1.0`."""
-        return isinstance(self.keep, float) and self.keep == 1.0
-
-    def disabled(self) -> Pruner:
-        """The same pruner with `keep=1.0`."""
-        return dataclasses.replace(self, keep=1.0)
 
     def resolve_layer(self, num_layers: int) -> int:
         """The decoder layer to prune before, in a model of `num_layers` layers.
@@ -186,6 +187,57 @@ class Pruner(Method):
             )
         return self.before_layer
 
+    def select(self, view: View) -> Keep:
+        """The tokens that stay."""
+        raise NotImplementedError(f"{type(self).__name__} must implement select(view)")
+
+    def left(self, visual: int, grid: tuple[int, int, int] | None = None) -> int:
+        """How many of the `visual` tokens of an image stay; `grid` as in `expected_tokens`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement left(visual, grid)")
+
+    def expected_tokens(self, visual: int, num_layers: int, grid: tuple[int, int, int] | None = None) -> list[int]:
+        """All visual tokens up to `before_layer`, from there on those that are left."""
+        first = self.resolve_layer(num_layers)
+        kept = self.left(visual, grid) if visual and not self.is_noop else visual
+        return [visual if layer < first else kept for layer in range(num_layers)]
+
+
+@dataclass(frozen=True)
+class Pruner(Selector):
+    """Keeps a part of the visual tokens before one decoder layer.
+
+    A subclass implements `score` (higher stays; equal scores: the lower index stays) or `select`. The base resolves
+    budgets, order, several images and unequal rows. A `select` that keeps other numbers than `keep` says comes with a
+    `left` that tells them.
+
+    Raises:
+        BudgetError, LayerError, SpecError: a parameter is out of range.
+    """
+
+    keep: float | int = param(0.5, "share (float in (0, 1]) or number (int) of the arriving visual tokens that stays")
+    before_layer: int | None = param(
+        None, "0-indexed decoder layer whose input is pruned (0: before the LLM); None: the paper's layer at this depth"
+    )
+    budget_scope: str = param(
+        "image", "'image': the budget holds for every image; 'sample': for all images of a prompt"
+    )
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        budget.check(self.keep, f"{self.name}.keep")
+        if self.budget_scope not in SCOPES:
+            raise SpecError(f"{self.name}.budget_scope={self.budget_scope!r}: expected one of {', '.join(SCOPES)}")
+        super().__post_init__()
+
+    @property
+    def is_noop(self) -> bool:
+        """True for `keep=1.0`."""
+        return isinstance(self.keep, float) and self.keep == 1.0
+
+    def disabled(self) -> Pruner:
+        """The same pruner with `keep=1.0`."""
+        return dataclasses.replace(self, keep=1.0)
+
     def score(self, view: View) -> Tensor:
         """`(B, V)` float, higher stays."""
         raise NotImplementedError(f"{type(self).__name__} must implement score(view) or select(view)")
@@ -194,6 +246,10 @@ class Pruner(Method):
         """The tokens that stay; the default ranks `score` within every image."""
         group, counts = self.groups(view)
         return Keep.top(self.score(view), group, counts)
+
+    def left(self, visual: int, grid: tuple[int, int, int] | None = None) -> int:
+        """The budget of one image."""
+        return budget.count(visual, self.keep)
 
     def groups(self, view: View) -> tuple[Tensor, Tensor]:
         """`(B, V)` the budget group of every token and `(B, G)` how many of each group stay."""

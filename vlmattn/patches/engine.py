@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from vlmattn import presets
 from vlmattn.cost import Dims
 from vlmattn.errors import CallError, SpecError, VlmattnWarning
-from vlmattn.methods.base import Editor, HeadGain, Method, Pruner
+from vlmattn.methods.base import Editor, HeadGain, Method, Selector
 from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
 from vlmattn.patches.attention import Registration, is_living
 from vlmattn.patches.passes import Pass, Program, begin_decode, begin_prefill
 from vlmattn.patches.prompt import read_prompt
-from vlmattn.patches.vision import tapped
+from vlmattn.patches.vision import VisionStore, shared, tapped
 from vlmattn.plan import Plan
 
 IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
@@ -65,6 +65,7 @@ class Engine:
         self.dims = Dims.from_config(self.text_model.config)
         self.last: Plan | None = None
         self.owner: Any = None
+        self.store: VisionStore | None = None
         self._local = threading.local()
         self._signatures = {
             module: inspect.signature(module.forward) for module in (model, self.multimodal, self.text_model)
@@ -117,8 +118,19 @@ class Engine:
             raise
         self._configure()
 
+    def share(self, store: VisionStore | None) -> None:
+        """Take vision features from a store, or None: compute them.
+
+        Raises:
+            CallError: the store belongs to another model.
+        """
+        if store is not None:
+            store.bind(self.model)
+        self.store = store
+        self._configure()
+
     def _configure(self) -> None:
-        """Install what depends on the methods: a fresh attention name and the taps they need."""
+        """Install what depends on the methods: a fresh attention name, shared features, and the taps they need."""
         registration = Registration(self.text_model.config)
         self._setup.close()
         with ExitStack() as stack:
@@ -127,7 +139,12 @@ class Engine:
                 projection = operator.attrgetter(self.family.output_projection)(self.layers[index])
                 hook = functools.partial(self._on_heads, index)
                 stack.callback(projection.register_forward_pre_hook(hook).remove)
-            if "content_key" in self.program.needs:
+            if self.store is not None and not self.program.looks_inside_tower:
+                parts = [self.family.part(self.model, name) for name in ("vision_tower", "projector")]
+                for name in self.family.feature_methods:
+                    original = getattr(self.multimodal, name)
+                    self._replace(stack, self.multimodal, name, shared(original, self.store, self.model, parts))
+            if "content_key" in self.program.needs:  # around the shared methods: keys are taken whether they run or not
                 for place, (name, split) in enumerate(self.family.feature_methods.items()):
                     put = functools.partial(self._put_keys, place)
                     self._replace(stack, self.multimodal, name, tapped(getattr(self.multimodal, name), split, put))
@@ -161,6 +178,7 @@ class Engine:
         """Undo everything; the model is bit for bit what it was."""
         self._setup.close()
         self._stack.close()
+        self.store = None
 
     @staticmethod
     def _replace(stack: ExitStack, owner: nn.Module, name: str, value: Any) -> None:
@@ -339,7 +357,7 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims) -> Progr
     """
     program = Program()
     for method in methods:
-        if isinstance(method, Pruner):
+        if isinstance(method, Selector):
             table: dict[int, Any] = program.pruners
             layers, act = [method.resolve_layer(dims.num_layers)], "prune before"
         elif isinstance(method, Editor):

@@ -12,11 +12,12 @@ from torch import Tensor
 from vlmattn.edits import NOT_A_KEY, TEXT, VISUAL, Tags
 from vlmattn.errors import CallError
 from vlmattn.kernels.rows import Request
-from vlmattn.methods.base import Editor, HeadGain, LayerView, Pruner
+from vlmattn.methods.base import Editor, HeadGain, LayerView, Selector
 from vlmattn.patches import cache as caches
 from vlmattn.patches import streams
 from vlmattn.patches.attention import PRIVATE, Work
 from vlmattn.patches.selection import choose, frame, query_rows
+from vlmattn.patches.vision import INSIDE
 from vlmattn.plan import Plan, Stage, decode_mask, gather_rows, prefill_mask
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Program:
         backend: attention backend; None: the fastest.
     """
 
-    pruners: dict[int, Pruner] = field(default_factory=dict)
+    pruners: dict[int, Selector] = field(default_factory=dict)
     editors: dict[int, Editor] = field(default_factory=dict)
     heads: dict[int, HeadGain] = field(default_factory=dict)
     sink_dims: tuple[int, ...] | None = None
@@ -60,6 +61,11 @@ class Program:
         """Union of what the methods need."""
         methods = [*self.pruners.values(), *self.editors.values(), *self.heads.values()]
         return frozenset(need for method in methods for need in method.needs)
+
+    @property
+    def looks_inside_tower(self) -> bool:
+        """Whether a method sees what happens inside the vision tower, so that it must run for every prompt."""
+        return any(need.startswith(INSIDE) for need in self.needs)
 
 
 @dataclass
@@ -117,8 +123,9 @@ class Pass:
             last = joined[:, -1 - self.plan.ahead].view(rows, heads, width // heads).float()
             half = self.plan.samples
             gain, divergence = method.gain(last[:half], last[half:])
-            # without an image both streams say the same, and what differs is rounding
-            seen = (self.plan.visual & self.plan.real)[:half].any(1, keepdim=True).to(gain.device)
+            # without an image both streams say the same, and what differs is rounding, or the gap the image left
+            _, _, visual = frame(self.plan, self.plan.stage(0))
+            seen = visual[:half].any(1, keepdim=True).to(gain.device)
             gain, divergence = torch.where(seen, gain, 1.0), torch.where(seen, divergence, 0.0)
             self.plan.gains[index], self.plan.divergences[index] = gain, divergence
         if gain is None:
@@ -126,7 +133,7 @@ class Pass:
         factor = gain.repeat(rows // gain.shape[0], 1).to(joined.device, joined.dtype)
         return (joined.view(rows, length, factor.shape[1], -1) * factor[:, None, :, None]).view_as(joined)
 
-    def _prune(self, pruner: Pruner, index: int, hidden: Tensor) -> tuple[Stage | None, Tensor]:
+    def _prune(self, pruner: Selector, index: int, hidden: Tensor) -> tuple[Stage | None, Tensor]:
         before = self.plan.stage(index)
         chosen = choose(pruner, index, hidden, self.plan)
         if chosen is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import CallError, SpecError
-from vlmattn.methods.base import Pruner, View
+from vlmattn.methods.base import Selector, View
 from vlmattn.plan import Plan, Stage, compact, gather_rows
 
 
@@ -35,7 +35,7 @@ def frame(plan: Plan, stage: Stage | None) -> tuple[Tensor, Tensor, Tensor]:
     return columns, real, plan.visual.gather(1, columns) & real
 
 
-def choose(pruner: Pruner, layer: int, hidden: Tensor, plan: Plan) -> tuple[Stage, Tensor] | None:
+def choose(pruner: Selector, layer: int, hidden: Tensor, plan: Plan) -> tuple[Stage, Tensor] | None:
     """Ask a pruner which visual tokens stay before `layer`.
 
     Args:
@@ -46,10 +46,13 @@ def choose(pruner: Pruner, layer: int, hidden: Tensor, plan: Plan) -> tuple[Stag
 
     Raises:
         SpecError: the method returned something that is not a decision about these tokens.
+        CallError: nothing would be left of a prompt.
     """
     before = plan.stage(layer)
     columns, real, visual = frame(plan, before)
     width = int(visual.sum(1).max())
+    if width == 0:  # an earlier stage left nothing to choose from
+        return None
     order = torch.argsort((~visual).long(), dim=1, stable=True)[:, :width]
     shown = visual.gather(1, order)
     keep = pruner.select(_view(pruner, layer, hidden, plan, columns, order, shown)).mask
@@ -62,6 +65,8 @@ def choose(pruner: Pruner, layer: int, hidden: Tensor, plan: Plan) -> tuple[Stag
     if bool((stays == shown).all()):
         return None
     kept = (real & ~visual).scatter(1, order, stays | (real & ~visual).gather(1, order))
+    if bool((real.any(1) & ~kept.any(1)).any()):
+        raise CallError(f"{pruner}: a prompt without text would be left empty: add text to it, or keep a visual token")
     slots, valid = compact(kept)
     if layer == 0:
         base = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
@@ -71,7 +76,7 @@ def choose(pruner: Pruner, layer: int, hidden: Tensor, plan: Plan) -> tuple[Stag
 
 
 def _view(
-    pruner: Pruner, layer: int, hidden: Tensor, plan: Plan, columns: Tensor, order: Tensor, shown: Tensor
+    pruner: Selector, layer: int, hidden: Tensor, plan: Plan, columns: Tensor, order: Tensor, shown: Tensor
 ) -> View:
     if "content_key" in pruner.needs and plan.keys is None:
         raise CallError(f"{pruner} draws by the image's pixels: pass pixel_values, not precomputed features")

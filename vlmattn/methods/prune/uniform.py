@@ -32,6 +32,12 @@ def picks_2d(height: int, width: int, n: int) -> list[int]:
     return [row * width + column for row in picks(height, rows) for column in picks(width, columns)]
 
 
+def _squarest(total: int) -> tuple[int, int, int]:
+    """The `(1, h, w)` of `total` tokens that is nearest to a square, h <= w."""
+    height = next(h for h in range(math.isqrt(total), 0, -1) if total % h == 0)
+    return 1, height, total // height
+
+
 @register("uniform", title="Uniform stride (baseline)")
 @dataclass(frozen=True)
 class Uniform(Pruner):
@@ -63,6 +69,10 @@ class Uniform(Pruner):
                 where = (image[row] == span.image).nonzero()[:, 0]
                 mask[row, where[torch.tensor(chosen)]] = True
         return Keep(mask.to(view.image.device))
+
+    def left(self, visual: int, grid: tuple[int, int, int] | None = None) -> int:
+        """The budget; on a sub-grid what fits into it."""
+        return len(self._choose(visual, _squarest(visual) if grid is None else grid))
 
     def _choose(self, total: int, grid: tuple[int, int, int] | None) -> list[int]:
         wanted = budget.count(total, self.keep)
