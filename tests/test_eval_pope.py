@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from vlmattn.errors import DataError
 from vlmattn.eval.benchmarks import pope
-from vlmattn.eval.items import Item
+from vlmattn.eval.items import Item, Said
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "pope_oracle.json").read_text())
 
@@ -22,8 +24,8 @@ def oracle_items(category: str = "random") -> list[Item]:
     ]
 
 
-def oracle_answers(category: str = "random") -> list[tuple[str, str]]:
-    return [(f"{category}/{row['id']}", row["answer"]) for row in ORACLE["items"]]
+def oracle_answers(category: str = "random") -> list[Said]:
+    return [Said(f"{category}/{row['id']}", row["answer"]) for row in ORACLE["items"]]
 
 
 @pytest.mark.parametrize("profile", ["official", "lmms_eval"])
@@ -32,69 +34,100 @@ def test_pope_oracle_parse(row: dict, profile: str) -> None:
     assert pope.parse(row["answer"], profile) == row[profile]
 
 
+def random_group(items: list[Item], said: list[Said], profile: str = "official", **more: Any) -> dict[str, Any]:
+    return pope.scorer(profile).score(items, said, **more)["groups"]["random"]
+
+
 def test_pope_oracle_metrics_official() -> None:
-    found = pope.score(oracle_items(), oracle_answers(), profile="official")["categories"]["random"]
+    found = random_group(oracle_items(), oracle_answers())
     expected = ORACLE["expected"]["official"]
     assert [found["counts"][name] for name in ("tp", "fp", "tn", "fn")] == [
         expected[name] for name in ("TP", "FP", "TN", "FN")
     ]
-    assert found["total"] == expected["counted"]
+    assert found["counts"]["total"] == expected["counted"]
     for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
         assert found[name] == pytest.approx(expected[name], abs=1e-12)
 
 
 def test_pope_oracle_metrics_lmms_eval() -> None:
-    found = pope.score(oracle_items(), oracle_answers(), profile="lmms_eval")["categories"]["random"]
-    expected = ORACLE["expected"]["lmms_eval"]
+    score = pope.scorer("lmms_eval").score(oracle_items(), oracle_answers())
+    found, expected = score["groups"]["random"], ORACLE["expected"]["lmms_eval"]
     for name in ("accuracy", "precision", "recall", "f1"):
         assert found[name] == pytest.approx(expected[name], abs=1e-12)
     assert found["gold_yes_ratio"] == pytest.approx(expected["yes_ratio_as_printed"])
     assert found["yes_ratio"] == pytest.approx(2 / 20)
-    assert found["unparsed"] == sum(row["lmms_eval"] == "other" for row in ORACLE["items"])
+    assert score["unparsed"] == sum(row["lmms_eval"] == "other" for row in ORACLE["items"])
+    assert found["counts"]["unparsed"] == found["counts"]["other_yes"] + found["counts"]["other_no"]
 
 
 @pytest.mark.parametrize("row", ORACLE["regression_counts"], ids=lambda row: row["what"])
 def test_pope_oracle_regression_counts(row: dict) -> None:
-    found = pope.Counts(row["TP"], row["FP"], row["TN"], row["FN"]).metrics(strict=True)
+    sums = dict.fromkeys(pope.COLUMNS, 0.0) | {name: row[name.upper()] for name in ("tp", "fp", "tn", "fn")}
+    sums["total"] = sum(sums.values())
+    column = np.array(list(sums.values()))
     for name in {"accuracy", "precision", "recall", "f1", "yes_ratio"} & set(row):
-        assert found[name] == pytest.approx(row[name], abs=1e-12)
+        assert pope.kind().formula(name).of(column) == pytest.approx(row[name], abs=1e-12)
 
 
 def test_three_categories_give_means_and_pooled_numbers() -> None:
     items = oracle_items("random") + oracle_items("popular")[:6]
-    found = pope.score(items, oracle_answers("random") + oracle_answers("popular")[:6])
-    one, two = found["categories"]["random"], found["categories"]["popular"]
-    assert found["mean_f1"] == pytest.approx((one["f1"] + two["f1"]) / 2)
-    assert found["mean_accuracy"] == pytest.approx((one["accuracy"] + two["accuracy"]) / 2)
-    assert found["pooled"]["total"] == 26
-    assert found["pooled"]["f1"] != pytest.approx(found["mean_f1"])
+    tally = pope.scorer().tally(items, oracle_answers("random") + oracle_answers("popular")[:6])
+    values = tally.values()
+    for name in ("f1", "accuracy"):
+        assert values[f"mean_{name}"] == pytest.approx((values[f"random.{name}"] + values[f"popular.{name}"]) / 2)
+    assert values["pooled_f1"] != pytest.approx(values["mean_f1"])
+    both = tally.sums.sum(axis=0).reshape(2, -1).sum(axis=0)
+    assert both[-1] == 26
+    assert values["pooled_f1"] == pytest.approx(2 * both[0] / (2 * both[0] + both[1] + both[3]))
+    assert [metric.key for metric in tally.metrics if metric.headline] == ["mean_f1", "mean_accuracy"]
 
 
 def test_zero_denominators_are_flagged_and_strict_raises() -> None:
-    items, answers = oracle_items()[:3], [("random/1", "No"), ("random/2", "No"), ("random/3", "No")]
-    found = pope.score(items, answers)
-    assert found["categories"]["random"]["precision"] == 0.0
-    assert found["undefined"] == ["random.precision", "random.f1"]
-    with pytest.raises(ZeroDivisionError, match="precision is undefined"):
-        pope.score(items, answers, strict=True)
+    items, said = oracle_items()[:3], [Said(f"random/{number}", "No") for number in (1, 2, 3)]
+    found = pope.scorer().score(items, said)
+    assert found["groups"]["random"]["precision"] == 0.0
+    assert {"random.precision", "random.f1"} <= set(found["undefined"])
+    assert not {"random.accuracy", "random.recall", "mean_f1"} & set(found["undefined"])
+    with pytest.raises(ZeroDivisionError, match=r"random\.precision"):
+        pope.scorer().score(items, said, strict=True)
+
+
+def test_f1_is_undefined_where_precision_and_recall_are_both_zero_as_in_the_paper_s_script() -> None:
+    items = [Item("a", "1.png", "?", "yes", "random"), Item("b", "1.png", "?", "no", "random")]
+    found = pope.scorer().score(items, [Said("a", "No"), Said("b", "Yes")])
+    assert found["groups"]["random"]["precision"] == found["groups"]["random"]["recall"] == 0.0
+    assert "random.f1" in found["undefined"] and "random.precision" not in found["undefined"]
 
 
 def test_answers_in_any_order_are_matched_by_id() -> None:
-    assert pope.score(oracle_items(), reversed(oracle_answers())) == pope.score(oracle_items(), oracle_answers())
+    score = pope.scorer().score
+    assert score(oracle_items(), reversed(oracle_answers())) == score(oracle_items(), oracle_answers())
+
+
+def test_marks_and_verdicts_are_what_was_counted() -> None:
+    for profile in pope.PROFILES:
+        tally = pope.scorer(profile).tally(oracle_items(), oracle_answers())
+        assert tally.verdicts == {f"random/{row['id']}": row[profile] for row in ORACLE["items"]}
+        assert tally.values()["random.accuracy"] == pytest.approx(sum(tally.marks.values()) / 20)
 
 
 def test_missing_duplicate_and_strange_ids_are_listed() -> None:
-    answers = [*oracle_answers()[2:], ("random/5", "yes"), ("random/99", "yes")]
+    said = [*oracle_answers()[2:], Said("random/5", "yes"), Said("random/99", "yes")]
     with pytest.raises(DataError) as caught:
-        pope.score(oracle_items(), answers)
+        pope.scorer().score(oracle_items(), said)
     for text in ("random/1, random/2", "answered twice (random/5)", "not in the benchmark (random/99)"):
         assert text in str(caught.value)
 
 
 def test_failed_items_are_left_out_and_counted() -> None:
-    found = pope.score(oracle_items(), oracle_answers()[1:], failed={"random/1"})
+    found = random_group(oracle_items(), oracle_answers()[1:], failed={"random/1"})
     assert found["failed"] == 1
-    assert found["categories"]["random"]["total"] == 19
+    assert found["counts"]["total"] == 19
+
+
+def test_an_unknown_profile_is_refused() -> None:
+    with pytest.raises(DataError, match="profile 'strict' is unknown; there are official, lmms_eval"):
+        pope.scorer("strict")
 
 
 def test_official_has_no_third_outcome_but_counts_what_it_did_not_understand() -> None:
@@ -133,6 +166,7 @@ def test_loader_reads_three_files_and_hashes_them(tmp_path: Path) -> None:
         "question": ROW["text"],
         "label": "no",
         "group": "random",
+        "gold": {},
     }
     assert set(hashes) == {f"coco_pope_{name}.json" for name in pope.CATEGORIES}
     assert all(len(digest) == 64 for digest in hashes.values())

@@ -1,28 +1,24 @@
-"""Benchmarks by name: "pope" on the embedded scenes or on the original files, "scenes" for positions and digits."""
+"""Benchmarks by name: "pope" on the original files or on the embedded scenes, "scenes" for all tasks of the scenes."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from vlmattn.errors import DataError, nearest
-from vlmattn.eval import stats
 from vlmattn.eval.benchmarks import pope, scenes
 from vlmattn.eval.items import Benchmark, Item
+from vlmattn.eval.tally import Scorer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 NAMES = ("pope", "scenes")
 SCENES = 200
-ScoredTexts = Iterable[tuple[str, str]]
-Interval = tuple[float, float] | None
+_VALIDATION = "val"
 
 
 def load(
@@ -34,6 +30,9 @@ def load(
     profile: str = "official",
     prompt: str | None = None,
     scenes_count: int = SCENES,
+    tasks: Iterable[str] | None = None,
+    split: str = "test",
+    words: str | Path | None = None,
 ) -> Benchmark:
     """Make a benchmark ready to run.
 
@@ -42,24 +41,34 @@ def load(
         embedded: whether the model is the embedded one; then `pope` without `data` asks about rendered scenes.
         data: folder with the three POPE files.
         images: folder with the images the files name; default: `images` or `val2014` in `data`, or `data` itself.
-        profile: parser profile of POPE.
+        profile: how yes/no answers are read.
         prompt: prompt template; default `bare` for embedded models and rendered scenes, else `single_word`.
         scenes_count: how many scenes are rendered.
+        tasks: of `scenes`, a part of `benchmarks.scenes.ALL_TASKS`; default `benchmarks.scenes.TASKS`.
+        split: of the rendered scenes.
+        words: path of a word table for the captions of `scenes`; default: the world's own.
 
     Raises:
-        DataError: an unknown name, profile or template, data missing or malformed.
+        DataError: an unknown name, profile, template, task or split, options that do not go together, data missing or
+            malformed.
     """
-    if name not in NAMES:
-        raise DataError(f"benchmark {name!r} is unknown; {nearest(name, NAMES)}")
-    pope.parse("", profile)
+    rule = scorer(name, profile, words)
     template = prompt or ("bare" if embedded or data is None else "single_word")
     pope.prompt("", template)
     if name == "scenes":
-        if data is not None:
-            raise DataError("--bench scenes renders its own images; leave --data out, or say --bench pope")
-        return rendered("scenes", scenes.TASKS, count=scenes_count, prompt=template)
+        if data is not None or images is not None:
+            given = "--data" if data is not None else "--images"
+            raise DataError(f"--bench scenes renders its own images; leave {given} out, or say --bench pope")
+        asked = scenes.chosen(tasks)
+        if "caption" in asked and template == "single_word":
+            raise DataError("prompt 'single_word' asks for one word, which no caption is; use 'bare', or leave it out")
+        return rendered(rule, asked, count=scenes_count, prompt=template, split=split)
+    if tasks is not None:
+        raise DataError("--tasks belongs to --bench scenes; POPE always asks its three categories")
     if data is not None:
-        return original(data, images, profile=profile, prompt=template)
+        return original(data, images, rule=rule, prompt=template)
+    if images is not None:
+        raise DataError("--images needs the questions about them: say --data FOLDER too")
     if not embedded:
         raise DataError(
             "POPE for a downloaded model needs its questions and images: fetch "
@@ -69,48 +78,105 @@ def load(
             "--data FOLDER --images FOLDER/val2014. Without a download: --model "
             f"{_embedded_name()}, whose questions and images are rendered."
         )
-    tasks = tuple(f"exist-{category}" for category in pope.CATEGORIES)
-    return rendered("pope", tasks, count=scenes_count, prompt=template, profile=profile)
+    return rendered(rule, pope.CATEGORIES, count=scenes_count, prompt=template, split=split)
 
 
-def original(folder: str | Path, images: str | Path | None, *, profile: str, prompt: str) -> Benchmark:
+def scorer(name: str, profile: str = "official", words: str | Path | None = None) -> Scorer:
+    """The rule from answers to numbers of a benchmark; needs none of its data.
+
+    Args:
+        name: one of `NAMES`.
+        profile: how yes/no answers are read.
+        words: path of a word table for captions; default: the rendered world's own.
+
+    Raises:
+        DataError: an unknown name or profile, a word table that cannot be read or that nothing would use.
+    """
+    if name not in NAMES:
+        raise DataError(f"benchmark {name!r} is unknown; {nearest(name, NAMES)}")
+    if name == "scenes":
+        return scenes.scorer(profile, words)
+    if words is not None:
+        raise DataError(
+            f"benchmark {name!r} has no captions, so the word table {words} would not be used; leave it out"
+        )
+    return pope.scorer(profile)
+
+
+def open_pictures(pictures: Mapping[str, str]) -> Callable[[str], Image]:
+    """A function that opens the images of a benchmark by name, from `Benchmark.pictures`.
+
+    Args:
+        pictures: {"scenes": split} or {"folder": path}.
+
+    Returns:
+        name -> RGB image; raises OSError or ValueError for an image that is missing or broken.
+
+    Raises:
+        DataError: the folder is gone, the split is unknown, or `pictures` is neither.
+    """
+    if "folder" in pictures:
+        folder = Path(pictures["folder"])
+        if not folder.is_dir():
+            raise DataError(f"the folder with the images, {folder}, is not there any more; put it back, or run again")
+        return functools.partial(_open_file, folder)
+    if "scenes" in pictures:
+        from vlmattn.scenes.splits import SPLITS
+
+        split = pictures["scenes"]
+        if split not in SPLITS:
+            raise DataError(f"split {split!r} of the scenes is unknown; {nearest(split, SPLITS)}")
+        return functools.partial(_open_scene, split)
+    raise DataError(f"pictures={dict(pictures)!r}; expected {{'scenes': split}} or {{'folder': path}}")
+
+
+def original(folder: str | Path, images: str | Path | None, *, rule: Scorer, prompt: str) -> Benchmark:
     """POPE from its three JSON-lines files (the original COCO set, RePOPE, or an export of the scenes)."""
     items, hashes = pope.load(folder)
     where = _image_folder(Path(folder), Path(images) if images is not None else None, items)
-    digest = hashlib.sha256("".join(sorted(hashes.values())).encode()).hexdigest()
+    pictures = {"folder": str(where.resolve())}
     return Benchmark(
-        name="pope",
+        name=rule.name,
         items=items,
-        open_image=functools.partial(_open_image, where),
-        score=functools.partial(pope.score, profile=profile),
-        intervals=functools.partial(_pope_intervals, profile=profile),
-        sha256=digest,
+        open_image=open_pictures(pictures),
+        scorer=rule,
+        sha256=hashlib.sha256("".join(sorted(hashes.values())).encode()).hexdigest(),
         source=f"{folder}: {pope.version(hashes)}",
         prompt=prompt,
-        profile=profile,
         files=hashes,
+        pictures=pictures,
     )
 
 
-def rendered(
-    name: str, tasks: Sequence[str], *, count: int, prompt: str = "bare", profile: str = "official", split: str = "test"
-) -> Benchmark:
-    """Questions about rendered scenes: `pope` for the existence tasks, `scenes` for the others."""
+def rendered(rule: Scorer, tasks: Sequence[str], *, count: int, prompt: str = "bare", split: str = "test") -> Benchmark:
+    """Questions about rendered scenes, with the split "val" to tune on unless that is what is asked for.
+
+    Args:
+        rule: how the answers are scored.
+        tasks: names in `benchmarks.scenes.ALL_TASKS`.
+        count: how many scenes.
+        prompt: prompt template.
+        split: of the scenes.
+    """
     from vlmattn.scenes import benchmark
 
-    data = benchmark(split=split, tasks=tuple(tasks), images=count)
-    items = tuple(_scene_item(row) for row in data.rows)
-    is_pope = name == "pope"
+    data = benchmark(split, [f"exist-{task}" if task in scenes.YES_NO else task for task in tasks], count)
+    items = []
+    for row in data.rows:
+        group = row["task"].removeprefix("exist-")
+        key = f"{group}/{row['question_id']}"
+        items.append(Item(key, row["image"], row["text"], row["label"], group, data.gold(row)))
+    again = functools.partial(rendered, rule, tasks, count=count, prompt=prompt, split=_VALIDATION)
     return Benchmark(
-        name=name,
-        items=items,
-        open_image=data.image,
-        score=functools.partial(pope.score, profile=profile) if is_pope else scenes.score,
-        intervals=functools.partial(_pope_intervals, profile=profile) if is_pope else _scenes_intervals,
+        name=rule.name,
+        items=tuple(items),
+        open_image=functools.partial(_open_scene, split),
+        scorer=rule,
         sha256=data.sha256,
         source=f"rendered scenes, split {split}, {count} images",
         prompt=prompt,
-        profile=profile if is_pope else "exact",
+        pictures={"scenes": split},
+        validation=None if split == _VALIDATION else again,
     )
 
 
@@ -118,11 +184,6 @@ def _embedded_name() -> str:
     from vlmattn.scenes import names
 
     return next(iter(names()), "(none in this installation)")
-
-
-def _scene_item(row: dict[str, Any]) -> Item:
-    group = row["task"].removeprefix("exist-")
-    return Item(f"{group}/{row['question_id']}", row["image"], row["text"], row["label"], group)
 
 
 def _image_folder(data: Path, images: Path | None, items: Sequence[Item]) -> Path:
@@ -140,57 +201,17 @@ def _image_folder(data: Path, images: Path | None, items: Sequence[Item]) -> Pat
     return best
 
 
-def _open_image(folder: Path, name: str) -> Image:
+def _open_file(folder: Path, name: str) -> Image:
     from PIL import Image
 
-    with Image.open(os.path.join(folder, name)) as image:
+    with Image.open(folder / name) as image:
         return image.convert("RGB")
 
 
-def _pope_intervals(
-    items: Sequence[Item],
-    answers: ScoredTexts,
-    failed: Collection[str] = (),
-    *,
-    profile: str = "official",
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    by_image = pope.counts_by_image(items, answers, failed, profile=profile)
-    groups = list(dict.fromkeys(item.group for item in items))
-    none = pope.Counts()
-    rows = [[image.get(group, none) for group in groups] for image in by_image.values()]
-    if not rows:
-        return {"mean_accuracy": None, "mean_f1": None}
-    right = np.array([[(c.tp + c.tn, c.total) for c in row] for row in rows], dtype=float).reshape(len(rows), -1)
-    f1 = np.array([[(c.tp, c.fp, c.fn) for c in row] for row in rows], dtype=float).reshape(len(rows), -1)
-    interval = functools.partial(stats.bootstrap_interval, n_resamples=n_resamples, seed=seed)
-    result: dict[str, Interval] = {
-        "mean_accuracy": interval(right, stats.mean_share),
-        "mean_f1": interval(f1, stats.mean_f1),
-    }
-    for number, group in enumerate(groups):
-        result[f"{group}.accuracy"] = interval(right[:, 2 * number : 2 * number + 2], stats.mean_share)
-        result[f"{group}.f1"] = interval(f1[:, 3 * number : 3 * number + 3], stats.mean_f1)
-    return result
+def _open_scene(split: str, name: str) -> Image:
+    from vlmattn.scenes import SceneSet
 
-
-def _scenes_intervals(
-    items: Sequence[Item],
-    answers: ScoredTexts,
-    failed: Collection[str] = (),
-    *,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    by_image = scenes.counts_by_image(items, answers, failed)
-    groups = list(dict.fromkeys(item.group for item in items))
-    if not by_image:
-        return {"mean_accuracy": None}
-    rows = np.array([[image.get(group, (0, 0)) for group in groups] for image in by_image.values()], dtype=float)
-    rows = rows.reshape(len(by_image), -1)
-    interval = functools.partial(stats.bootstrap_interval, n_resamples=n_resamples, seed=seed)
-    result: dict[str, Interval] = {"mean_accuracy": interval(rows, stats.mean_share)}
-    for number, group in enumerate(groups):
-        result[f"{group}.accuracy"] = interval(rows[:, 2 * number : 2 * number + 2], stats.mean_share)
-    return result
+    try:
+        return SceneSet(split, 0, (), []).image(name)
+    except KeyError as error:
+        raise DataError(f"split {split!r} has no picture {name!r}: {error.args[0]}") from None

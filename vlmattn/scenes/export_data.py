@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .splits import SPLITS, TASKS, benchmark
+from .splits import ALL_TASKS, SPLITS, TASKS, benchmark
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,7 +18,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=tuple(SPLITS), default="test")
     parser.add_argument("--images", type=int, default=100, help="pictures with at least one question (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="0 is the published set (default)")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument(
+        "--tasks", nargs="+", choices=ALL_TASKS, default=list(TASKS), metavar="TASK", help=", ".join(ALL_TASKS)
+    )
     options = parser.parse_args(arguments)
     scenes = benchmark(options.split, options.tasks, options.images, options.seed)
     scenes.save(options.out)

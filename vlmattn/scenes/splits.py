@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from vlmattn.errors import DataError
 
 from .questions import EXISTENCE_TASKS, OTHER_TASKS, ask, existence, negatives
 from .render import Box, render
-from .world import Scene, absent_partners, random_state, sample_scene
+from .world import CELL_NAMES, IMAGE_SIZE, Scene, absent_partners, random_state, sample_scene
 
 
 class Split(NamedTuple):
@@ -40,11 +40,16 @@ SPLITS = {
 """``test`` is the default; ``typical`` has the partner statistics of training; in ``counterfactual`` no type brings its
 partner. Training draws from streams of its own (packing.py) and is never materialised."""
 TASKS = EXISTENCE_TASKS + OTHER_TASKS
+"""The tasks of the published set; their places here key their random streams."""
+PAIRS_TASK = "pairs"
+"""MME's form: one question about an object that is there and one about an object that is not."""
+ALL_TASKS = (*TASKS, PAIRS_TASK)
 """Every task a benchmark can hold."""
 MAX_PAIRS = 3
 """POPE asks six questions per image and category: three objects that are there and three that are not."""
 
 _POSITIVES_KEY = 1000
+_PAIRS_KEY = 1001
 
 
 def _name(number: int) -> str:
@@ -91,6 +96,24 @@ class SceneSet:
     def image(self, name: str) -> Image.Image:
         """A picture, 96x96 RGB, always the same for the same split, seed and name; KeyError for a malformed name."""
         return Image.fromarray(self._drawn(name)[1])
+
+    def gold(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What scoring the answer to a row needs beyond its label.
+
+        Returns:
+            For ``caption`` {"objects": names of all objects, in the scene's order}; for ``loc`` {"box": [x0, y0, x1,
+            y1] of the object, as shares of width and height}; else nothing. No part of `rows` or of the hash, since
+            the picture decides it.
+        """
+        if row["task"] == "caption":
+            return {"objects": [item.name for item in self.scene(row["image"]).objects]}
+        if row["task"] == "loc":
+            scene, _, boxes = self._drawn(row["image"])
+            place = [item.cell for item in scene.objects].index(CELL_NAMES.index(row["label"]))
+            box = boxes[place]
+            corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+            return {"box": [corner / IMAGE_SIZE for corner in corners]}
+        return {}
 
     @cached_property
     def sha256(self) -> str:
@@ -152,10 +175,20 @@ def _existence_rows(scene: Scene, key: tuple[int, int, int], task: str) -> list[
     return rows
 
 
+def _pair_rows(scene: Scene, key: tuple[int, int, int]) -> list[tuple[str, str]]:
+    """An object that is there and one that is not: an absent partner, or any absent type where there is none."""
+    rng = random_state(*key, _PAIRS_KEY)
+    present = scene.types[rng.randint(len(scene.types))]
+    [absent] = negatives(rng, scene, "adversarial") or negatives(rng, scene, "random")
+    return [(existence(present), "yes"), (existence(absent), "no")]
+
+
 def _questions(scene: Scene, key: tuple[int, int, int], task: str) -> list[tuple[str, str]]:
     """Questions with labels that a scene carries for a task; possibly none."""
     if task in EXISTENCE_TASKS:
         return _existence_rows(scene, key, task)
+    if task == PAIRS_TASK:
+        return _pair_rows(scene, key)
     if task == "digits" and scene.plate is None:
         return []
     question = ask(random_state(*key, TASKS.index(task)), scene, task)
@@ -172,7 +205,8 @@ def benchmark(
 
     Args:
         split: a name in SPLITS.
-        tasks: names in TASKS. Existence tasks ask up to three yes and three no per picture, the others one question.
+        tasks: names in ALL_TASKS. Existence tasks ask up to three yes and three no per picture, ``pairs`` one yes and
+            one no, the others one question.
         images: how many pictures with at least one question.
         seed: another set of the same split; 0 is the published one.
 
@@ -182,9 +216,9 @@ def benchmark(
     if split not in SPLITS:
         hint = "; training scenes are drawn on the fly and never listed" if split == "train" else ""
         raise DataError(f"split={split!r}; expected one of {', '.join(SPLITS)}{hint}")
-    unknown = [task for task in tasks if task not in TASKS]
+    unknown = [task for task in tasks if task not in ALL_TASKS]
     if unknown or not tasks or len(set(tasks)) != len(tasks):
-        raise DataError(f"tasks={tuple(tasks)!r}; expected different ones of {', '.join(TASKS)}")
+        raise DataError(f"tasks={tuple(tasks)!r}; expected different ones of {', '.join(ALL_TASKS)}")
     if images < 1 or seed < 0:
         raise DataError(f"images={images}, seed={seed}; expected at least 1 and at least 0")
     stream = SPLITS[split].stream

@@ -18,13 +18,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlmattn.errors import DataError
-from vlmattn.eval.items import Item
+from vlmattn.eval.items import Item, Said
+from vlmattn.eval.tally import Aggregate, Formula, Kind, Scorer, Sums, ratio
 
 PAPER = "2305.10355"
 CATEGORIES = ("random", "popular", "adversarial")
@@ -81,143 +84,102 @@ def is_unparsed(text: str, profile: str = "official") -> bool:
     return parse(text, profile) == "other"
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Confusion counts with yes as positive; `other_*` are answers that are neither, by gold label."""
-
-    tp: int = 0
-    fp: int = 0
-    tn: int = 0
-    fn: int = 0
-    other_yes: int = 0
-    other_no: int = 0
-
-    @classmethod
-    def of(cls, pairs: Iterable[tuple[str, str]]) -> Counts:
-        """Count (gold label, parsed answer) pairs."""
-        table = dict.fromkeys(_CELLS.values(), 0)
-        for pair in pairs:
-            table[_CELLS[pair]] += 1
-        return cls(**table)
-
-    @property
-    def total(self) -> int:
-        """All answers counted."""
-        return sum(asdict(self).values())
-
-    def metrics(self, strict: bool = False) -> dict[str, Any]:
-        """Accuracy, precision, recall, F1, yes ratio; names with a zero denominator are 0 and listed in `undefined`.
-
-        Raises:
-            ZeroDivisionError: `strict` and a denominator is zero, as the paper's script does.
-        """
-        undefined: list[str] = []
-
-        def ratio(name: str, part: float, whole: float) -> float:
-            if whole:
-                return part / whole
-            if strict:
-                raise ZeroDivisionError(f"{name} is undefined: its denominator is 0 ({self})")
-            undefined.append(name)
-            return 0.0
-
-        precision = ratio("precision", self.tp, self.tp + self.fp)
-        recall = ratio("recall", self.tp, self.tp + self.fn)
-        return {
-            "accuracy": ratio("accuracy", self.tp + self.tn, self.total),
-            "precision": precision,
-            "recall": recall,
-            "f1": ratio("f1", 2 * precision * recall, precision + recall),
-            "yes_ratio": ratio("yes_ratio", self.tp + self.fp, self.total),
-            "gold_yes_ratio": ratio("gold_yes_ratio", self.tp + self.fn + self.other_yes, self.total),
-            "undefined": undefined,
-        }
-
-
+COLUMNS = ("tp", "fp", "tn", "fn", "other_yes", "other_no", "unparsed", "total")
+_TP, _FP, _TN, _FN, _OTHER_YES, _OTHER_NO, _UNPARSED, _TOTAL = range(len(COLUMNS))
 _CELLS = {
-    ("yes", "yes"): "tp",
-    ("no", "yes"): "fp",
-    ("no", "no"): "tn",
-    ("yes", "no"): "fn",
-    ("yes", "other"): "other_yes",
-    ("no", "other"): "other_no",
+    ("yes", "yes"): _TP,
+    ("no", "yes"): _FP,
+    ("no", "no"): _TN,
+    ("yes", "no"): _FN,
+    ("yes", "other"): _OTHER_YES,
+    ("no", "other"): _OTHER_NO,
 }
 
 
-def match(
-    items: Sequence[Item], answers: Iterable[tuple[str, str]], failed: Collection[str] = ()
-) -> list[tuple[Item, str]]:
-    """Pair items with raw texts by id, in item order; items in `failed` are left out.
+def _accuracy(sums: Sums) -> Sums:
+    return ratio(sums[..., _TP] + sums[..., _TN], sums[..., _TOTAL])
+
+
+def _f1(sums: Sums) -> Sums:
+    """2TP / (2TP + FP + FN); undefined without a true positive, where precision + recall is 0."""
+    hits = 2 * sums[..., _TP]
+    return ratio(hits, np.where(hits > 0, hits + sums[..., _FP] + sums[..., _FN], 0))
+
+
+FORMULAS = (
+    Formula("accuracy", "accuracy", _accuracy, of_marks=True),
+    Formula("precision", "precision", lambda sums: ratio(sums[..., _TP], sums[..., _TP] + sums[..., _FP])),
+    Formula("recall", "recall", lambda sums: ratio(sums[..., _TP], sums[..., _TP] + sums[..., _FN])),
+    Formula("f1", "F1", _f1),
+    Formula(
+        "yes_ratio", "yes ratio", lambda sums: ratio(sums[..., _TP] + sums[..., _FP], sums[..., _TOTAL]), "neither"
+    ),
+    Formula(
+        "gold_yes_ratio",
+        "gold yes ratio",
+        lambda sums: ratio(sums[..., _TP] + sums[..., _FN] + sums[..., _OTHER_YES], sums[..., _TOTAL]),
+        "neither",
+    ),
+)
+
+
+@cache
+def kind(profile: str = "official") -> Kind:
+    """The yes/no kind under a parser profile.
+
+    Columns are the confusion counts with yes as positive; `other_yes` and `other_no` are answers that are neither, by
+    gold label: wrong for the accuracy, out of precision and recall; `unparsed` counts by `is_unparsed`.
 
     Raises:
-        DataError: an answer is missing, twice there, or belongs to no item; the ids are listed.
+        DataError: an unknown profile.
     """
-    found: dict[str, str] = {}
-    twice = []
-    for key, text in answers:
-        if key in found:
-            twice.append(key)
-        found[key] = text
-    wanted = {item.id for item in items}
-    missing = [item.id for item in items if item.id not in found and item.id not in failed]
-    strange = [key for key in found if key not in wanted]
-    problems = [
-        f"{len(ids)} {what} ({_some(ids)})"
-        for ids, what in ((missing, "without an answer"), (twice, "answered twice"), (strange, "not in the benchmark"))
-        if ids
-    ]
-    if problems:
-        raise DataError(f"the answers do not fit the {len(items)} items: " + "; ".join(problems))
-    return [(item, found[item.id]) for item in items if item.id not in failed]
+    parse("", profile)
+    read = PROFILES[profile]
+
+    def count(pairs: Sequence[tuple[Item, Said]]) -> list[int]:
+        row = [0] * len(COLUMNS)
+        for item, said in pairs:
+            row[_CELLS[item.label, read(said.text)]] += 1
+            row[_UNPARSED] += is_unparsed(said.text, profile)
+        row[_TOTAL] = len(pairs)
+        return row
+
+    return Kind(
+        name="yes_no",
+        columns=COLUMNS,
+        count=count,
+        formulas=FORMULAS,
+        mark=lambda item, said: read(said.text) == item.label,
+        verdict=lambda item, said: read(said.text),
+    )
 
 
-def score(
-    items: Sequence[Item],
-    answers: Iterable[tuple[str, str]],
-    failed: Collection[str] = (),
-    *,
-    profile: str = "official",
-    strict: bool = False,
-) -> dict[str, Any]:
-    """All POPE numbers of a run.
+MEANS = (
+    Aggregate("mean_f1", "mean F1", "yes_no", "f1"),
+    Aggregate("mean_accuracy", "mean accuracy", "yes_no", "accuracy"),
+)
+"""Means over the categories: the headlines."""
+POOLED = tuple(
+    Aggregate(f"pooled_{formula.name}", f"pooled {formula.title}", "yes_no", formula.name, how="pool")
+    for formula in FORMULAS
+)
+"""The same formulas over the rows of all categories together."""
 
-    Returns:
-        `categories`: per category the metrics of `Counts.metrics`, the counts, `unparsed` and `failed`; `mean_f1` (the
-        headline) and `mean_accuracy` over categories; `pooled`: the same over all rows; `undefined`: what had a zero
-        denominator, as "category.metric".
+
+def scorer(profile: str = "official") -> Scorer:
+    """POPE's numbers: per category, their means (`mean_f1`, `mean_accuracy`) and `pooled_*` over all rows.
+
+    Raises:
+        DataError: an unknown profile.
     """
-    pairs = match(items, answers, failed)
-    groups = list(dict.fromkeys(item.group for item in items))
-    result: dict[str, Any] = {"profile": profile, "categories": {}}
-    for group in groups:
-        lost = sum(item.group == group for item in items if item.id in failed)
-        result["categories"][group] = _score_rows(
-            [pair for pair in pairs if pair[0].group == group], profile, strict, lost
-        )
-    lost = sum(item.id in failed for item in items)
-    result["pooled"] = _score_rows(pairs, profile, strict, lost)
-    for name in ("f1", "accuracy"):
-        values = [entry[name] for entry in result["categories"].values()]
-        result[f"mean_{name}"] = sum(values) / len(values) if values else 0.0
-    result["unparsed"], result["failed"] = result["pooled"]["unparsed"], lost
-    result["undefined"] = [
-        f"{group}.{name}" for group, entry in result["categories"].items() for name in entry["undefined"]
-    ]
-    return result
-
-
-def counts_by_image(
-    items: Sequence[Item],
-    answers: Iterable[tuple[str, str]],
-    failed: Collection[str] = (),
-    *,
-    profile: str = "official",
-) -> dict[str, dict[str, Counts]]:
-    """image -> category -> counts: what the image-clustered bootstrap resamples."""
-    pairs: dict[str, dict[str, list[tuple[str, str]]]] = {}
-    for item, text in match(items, answers, failed):
-        pairs.setdefault(item.image, {}).setdefault(item.group, []).append((item.label, parse(text, profile)))
-    return {image: {group: Counts.of(rows) for group, rows in groups.items()} for image, groups in pairs.items()}
+    questions = kind(profile)
+    return Scorer(
+        name="pope",
+        profile=profile,
+        kind=lambda group: questions,
+        aggregates=MEANS + POOLED,
+        headlines=tuple(mean.name for mean in MEANS),
+    )
 
 
 def load(folder: str | Path) -> tuple[tuple[Item, ...], dict[str, str]]:
@@ -303,19 +265,3 @@ def _field(row: Mapping[str, Any], name: str, types: tuple[type, ...], where: st
         wanted = " or ".join({"int": "a number", "str": "a text"}[kind.__name__] for kind in types)
         raise DataError(f"{where}, field {name!r}: expected {wanted}, found {value!r}")
     return value
-
-
-def _score_rows(pairs: Sequence[tuple[Item, str]], profile: str, strict: bool, lost: int) -> dict[str, Any]:
-    counts = Counts.of((item.label, parse(text, profile)) for item, text in pairs)
-    unparsed = sum(is_unparsed(text, profile) for _, text in pairs)
-    return {
-        **counts.metrics(strict),
-        "counts": asdict(counts),
-        "total": counts.total,
-        "unparsed": unparsed,
-        "failed": lost,
-    }
-
-
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:8]) + (f", ... {len(ids) - 8} more" if len(ids) > 8 else "")
