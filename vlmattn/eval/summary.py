@@ -1,45 +1,103 @@
-"""From records to a table: cost per run, score with intervals, one row a spec; needs no model and no torch."""
+"""From runs to tables: one row a spec, for the terminal, as JSON, CSV and LaTeX; needs no model and no torch.
+
+Every table marks what its numbers cannot be taken for: rows whose captions collapsed, levels below a method's floor,
+questions that failed, differences that are no more than chance.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlmattn.errors import DataError
 from vlmattn.eval import records as run_records
-from vlmattn.eval.items import Benchmark, Item
+from vlmattn.eval.items import Benchmark
+from vlmattn.eval.tally import Metric, Tally
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vlmattn.eval.budgets import Match
+    from vlmattn.eval.runs import Run
+    from vlmattn.eval.stats import Paired
+
+Role = Literal["baseline", "method", "control", "below floor"]
+Column = tuple[str, Sequence[str]]
+ALPHA = 0.05
+_DESCRIBED = ("key", "title", "group", "headline", "better", "percent")
+"""What a metric and its paired test have in common; summary.json says it once."""
+SUMMARY, CSV, LATEX, PLOT = "summary.json", "table.csv", "table.tex", "accuracy.svg"
+COSTS = (
+    "visual_tokens",
+    "average_visual_tokens",
+    "kv_bytes",
+    "kv_bytes_full",
+    "prefill_macs",
+    "prefill_macs_full",
+    "prefill_macs_ratio",
+    "batch_size",
+    "prefill_ms",
+    "prefill_ms_per_question",
+    "vision_ms",
+    "ms_per_token",
+    "new_tokens",
+    "ms_per_question",
+    "peak_memory_bytes",
+)
+
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a sweep.
+    """One run of a sweep, or a level that a method cannot reach.
 
     Attributes:
-        label: the spec as the user typed it.
-        spec: canonical spec text.
-        folder: the run folder.
-        score: metrics of the benchmark.
-        intervals: metric -> (low, high) at 95 %, None where there are too few images; empty without scipy.
+        label: what tables call it.
+        spec: canonical spec text; "" below a floor.
+        folder: the run folder; "" below a floor.
+        score: `vlmattn.eval.tally.Scorer.numbers` of the run; empty below a floor.
+        intervals: metric key -> (low, high) at 95 %, None where there are too few images; empty without scipy.
         cost: what `cost_of` found, plus `peak_memory_bytes` on a GPU.
         failed: id -> error of the records without an answer.
-        note: what a reader must know, for instance that intervals are missing and why.
+        note: what a reader must know: why intervals are missing, or what the floor is.
+        role: what the row is to the sweep.
+        invalid: why the row's numbers must not be compared, "" if they may.
+        versus: metric key -> the difference to the baseline with its test; empty for the baseline itself.
+        metrics: what the score consists of, in the order of the tables.
     """
 
     label: str
     spec: str
     folder: str
-    score: dict[str, Any]
-    intervals: dict[str, tuple[float, float] | None]
-    cost: dict[str, Any]
-    failed: dict[str, str]
+    score: Mapping[str, Any]
+    intervals: Mapping[str, tuple[float, float] | None]
+    cost: Mapping[str, Any]
+    failed: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    role: Role = "method"
+    invalid: str = ""
+    versus: Mapping[str, Paired] = field(default_factory=dict)
+    metrics: tuple[Metric, ...] = ()
+
+    def value(self, key: str) -> float | None:
+        """The metric of that key in its own unit (a share is 0 to 1); None where it is absent or undefined."""
+        values = self.score.get("values", {}) if self.cost.get("questions") else {}  # of no answers: all are 0
+        return None if key not in values or key in self.score["undefined"] else float(values[key])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; what is the same for all rows, the metrics and what describes them, is left out."""
+        found = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "metrics"}
+        found["versus"] = {
+            key: {name: value for name, value in pair.items() if name not in _DESCRIBED}
+            for key, pair in found["versus"].items()
+        }
+        return found
 
 
 def cost_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -47,9 +105,13 @@ def cost_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `questions`; means per question: `visual_tokens`, `visual_per_layer` (list), `average_visual_tokens` (over
-        layers), `kv_bytes`, `kv_bytes_full`, `prefill_macs`, `prefill_macs_full`, `prefill_macs_ratio`; medians over
-        batches: `prefill_ms` (to the first token, whole batch), `prefill_ms_per_question`, `ms_per_token` (a later
-        step of a batch; None when no answer has two tokens). Empty but for `questions` when nothing was answered.
+        layers), `kv_bytes`, `kv_bytes_full`, `prefill_macs`, `prefill_macs_full`, `prefill_macs_ratio`. Over the full
+        batches of `batch_size` questions: medians `prefill_ms` (to the first token, whole batch, vision tower
+        included), `prefill_ms_per_question`, `vision_ms` (the part of `prefill_ms` that was charged for vision features
+        taken from a store), `ms_per_token` (a later step of a batch; None when no answer has two tokens), and the mean
+        `new_tokens` (steps of a batch until its last answer ended).
+        `ms_per_question` is the measured cost that plots show: `prefill_ms_per_question + ms_per_token *
+        (new_tokens - 1) / batch_size`. Empty but for `questions` when nothing was answered.
     """
     good = [record for record in records if record.get("status") == "ok"]
     if not good:
@@ -73,60 +135,177 @@ def cost_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     result["batch_size"] = full
     result["prefill_ms"] = statistics.median(batch["prefill_ms"] for batch in batches)
     result["prefill_ms_per_question"] = result["prefill_ms"] / full
+    result["vision_ms"] = statistics.median(batch.get("vision_ms", 0.0) for batch in batches)
     result["ms_per_token"] = statistics.median(steps) if steps else None
+    result["new_tokens"] = statistics.fmean(batch["new_tokens"] for batch in batches)
+    decode = (result["ms_per_token"] or 0.0) * max(0.0, result["new_tokens"] - 1) / full
+    result["ms_per_question"] = result["prefill_ms_per_question"] + decode
     return result
 
 
 def row(
-    label: str,
-    spec: str,
-    folder: str,
-    bench: Benchmark,
-    items: Sequence[Item],
-    records: Sequence[Mapping[str, Any]],
-    cost: Mapping[str, Any],
-    seed: int = 0,
+    run: Run, baseline: Run | None = None, *, role: Role = "method", label: str | None = None, seed: int = 0
 ) -> Row:
-    """Score the records of a run."""
-    texts, failed = run_records.texts(records), run_records.failed(records)
-    score = bench.score(items, texts, failed)
+    """Score a run, with intervals and, against a baseline, paired tests and the collapse guard.
+
+    Args:
+        run: the run.
+        baseline: what it is compared with, on the questions that both answered; None for the baseline itself.
+        role: what the row is to the sweep.
+        label: what tables call it; the run's own label if None.
+        seed: of the resampling.
+    """
+    from vlmattn.eval import controls, stats
+
+    intervals: Mapping[str, tuple[float, float] | None] = {}
+    versus: dict[str, Paired] = {}
+    notes, invalid = [], ""
     try:
-        intervals, note = bench.intervals(items, texts, failed, seed=seed), ""
+        intervals = stats.intervals(run.tally, seed=seed)
+        if baseline is not None:
+            first, second, lost = _answered_by_both(baseline, run)
+            versus = {pair.key: pair for pair in stats.paired(first, second, seed=seed)}
+            if lost:
+                notes.append(
+                    f"{lost} questions that only one of it and {baseline.label} answered are not in differences"
+                )
     except DataError as error:
-        intervals, note = {}, str(error)
-    return Row(label, spec, folder, score, intervals, dict(cost), failed, note)
+        notes.append(str(error))
+    if baseline is not None:
+        invalid = controls.collapse(baseline.tally, run.tally)
+    return Row(
+        label=run.label if label is None else label,
+        spec=str(run.identity.get("spec", run.label)),
+        folder=run.folder,
+        score=run.scorer.numbers(run.tally, run.items, run.failed),
+        intervals=intervals,
+        cost=run.cost,
+        failed=run.failed,
+        note="; ".join(notes),
+        role=role,
+        invalid=invalid,
+        versus=versus,
+        metrics=run.tally.metrics,
+    )
+
+
+def below_floor(match: Match, label: str | None = None) -> Row:
+    """The row of a level that a method cannot reach: no numbers, the floor in words."""
+    note = (
+        f"level {match.level:g} is below the method's floor: at its smallest budget it leaves "
+        f"{match.floor:.4g} of {match.visual_tokens} visual tokens a layer on average, {match.floor_share:.3f}"
+    )
+    cost = {"questions": 0, "visual_tokens": match.visual_tokens, "floor": match.floor}
+    return Row(label or match.label, "", "", {}, {}, cost, note=note, role="below floor")
 
 
 def write(out: Path, bench: Benchmark, rows: Sequence[Row], about: Mapping[str, Any]) -> Path:
-    """Write OUT/summary.json atomically; returns its path."""
-    path = out / "summary.json"
+    """Write summary.json, table.csv, table.tex and accuracy.svg into a folder, each atomically.
+
+    Args:
+        out: the folder of the sweep.
+        bench: what was asked.
+        rows: the baseline first.
+        about: what else summary.json says, JSON-able.
+
+    Returns:
+        The path of summary.json, which is written last.
+    """
+    from vlmattn.eval import plots
+
+    run_records.write_text(out / CSV, csv_text(rows))
+    run_records.write_text(out / LATEX, latex(rows))
+    run_records.write_text(out / PLOT, plots.tradeoff(rows) + "\n")
     value = {
         "bench": bench.name,
-        "data": {"sha256": bench.sha256, "source": bench.source, "files": bench.files},
-        "profile": bench.profile,
+        "data": {"sha256": bench.sha256, "source": bench.source, "files": dict(bench.files)},
+        "profile": bench.scorer.profile,
         "prompt": bench.prompt,
         **about,
-        "runs": [asdict(entry) for entry in rows],
+        "metrics": {
+            metric.key: {name: getattr(metric, name) for name in _DESCRIBED if name != "key"}
+            for metric in metrics(rows)
+        },
+        "runs": [entry.to_dict() for entry in rows],
     }
+    path = out / SUMMARY
     run_records.write_json(path, value)
     return path
 
 
-def table(bench: Benchmark, rows: Sequence[Row]) -> Table:
-    """The terminal table of a sweep; the column of unparsed answers is there when there are some."""
-    names = metric_columns(bench, rows)
-    unparsed = bench.name == "pope" and any(entry.score["unparsed"] for entry in rows)
-    head = ["method", "visual tokens", *names, *(["unparsed"] if unparsed else []), "KV cache", "prefill", "per token"]
-    body = []
+def metrics(rows: Sequence[Row], headline: bool = False) -> tuple[Metric, ...]:
+    """The metrics that some row has, each once, in the order of the tables; only the headlines if asked for."""
+    found = {metric.key: metric for entry in rows for metric in entry.metrics}
+    return tuple(metric for metric in found.values() if metric.headline or not headline)
+
+
+def title(metric: Metric) -> str:
+    """Column title with the unit: "accuracy %"."""
+    return f"{metric.title} %" if metric.percent else metric.title
+
+
+def tables(name: str, rows: Sequence[Row], width: int = 160) -> list[Table]:
+    """The terminal tables of a sweep: headline metrics and cost, in as many tables as a terminal of `width` needs.
+
+    A row is one method everywhere. The column of unparsed answers is there when there are some. Rows with failed
+    questions or collapsed captions are red, controls dim; `notes` explains the marks.
+    """
+    labels = [mark(entry) for entry in rows]
+    shown = metrics(rows, headline=True)
+    accuracy: list[Column] = [(title(metric), [cell(entry, metric) for entry in rows]) for metric in shown]
+    if any(entry.score.get("unparsed") for entry in rows):
+        accuracy.append(("unparsed", [str(entry.score.get("unparsed", "-")) for entry in rows]))
+    names = ("visual tokens", "prefill MACs", "KV cache", "prefill", "per token", "per question")
+    costs = [
+        (tokens_text(entry.cost), macs_text(entry.cost), *cost_texts(entry.cost), total_text(entry.cost))
+        for entry in rows
+    ]
+    cost: list[Column] = list(zip(names, zip(*costs, strict=True), strict=True)) if rows else []
+    # The first column may be folded between words, but not within them.
+    room = width - max(20, min(max(map(len, [*labels, "method"])), 2 * width // 5)) - 2
+    whole = [*accuracy, *cost]
+    parts = [whole] if _width(whole) <= room else [*_split(accuracy, room), *_split(cost, room)]
+    styles = ["red" if entry.failed or entry.invalid else "dim" if entry.role == "control" else "" for entry in rows]
+    found = []
+    for number, part in enumerate(parts):
+        head = ["method", *(column for column, _ in part)]
+        body = [list(cells) for cells in zip(labels, *(texts for _, texts in part), strict=True)]
+        found.append(terminal_table(name if number == 0 else "", head, body, styles))
+    return found
+
+
+def notes(rows: Sequence[Row], differences: bool = True) -> list[str]:
+    """What the marks in the tables mean, a sentence each; only of marks that are there.
+
+    Args:
+        rows: of the table.
+        differences: whether the table prints differences, or only the mark of those that are more than chance.
+    """
+    base = next((entry.label for entry in rows if entry.role == "baseline"), "the first row")
+    found = []
+    if any(value is not None for entry in rows for value in entry.intervals.values()):
+        found.append("Small print: 95 % intervals, from resampling images.")
+    if differences and any(entry.versus for entry in rows):
+        found.append(f"With a sign: the difference to {base}.")
+    if any(significant(pair) for entry in rows for pair in entry.versus.values()):
+        found.append(
+            f"* differs from {base}: p < {ALPHA:g} in a paired test, after Holm's correction over the tests of the row."
+        )
+    found += [f"† {entry.label}: not comparable, {entry.invalid}." for entry in rows if entry.invalid]
+    found += [
+        f"{entry.label}: {len(entry.failed)} questions failed and are left out." for entry in rows if entry.failed
+    ]
+    together: dict[str, list[str]] = {}
     for entry in rows:
-        cells = [value_text(metric(entry.score, key), entry.intervals.get(key)) for key in names.values()]
-        cells += [str(entry.score["unparsed"])] if unparsed else []
-        body.append([entry.label, tokens_text(entry.cost), *cells, *cost_texts(entry.cost)])
-    return terminal_table(f"{bench.name}: {bench.source}", head, body, [bool(entry.failed) for entry in rows])
+        if entry.note:
+            together.setdefault(entry.note, []).append(entry.label)
+    everywhere = {note for note, labels in together.items() if len(labels) == len(rows) > 1}
+    found += [note if note in everywhere else f"{', '.join(labels)}: {note}" for note, labels in together.items()]
+    return [sentence if sentence.endswith(".") else f"{sentence}." for sentence in found]
 
 
 def terminal_table(
-    title: str, head: Sequence[str], body: Sequence[Sequence[str]], red: Sequence[bool] = (), texts: int = 1
+    title: str, head: Sequence[str], body: Sequence[Sequence[str]], styles: Sequence[str] = (), texts: int = 1
 ) -> Table:
     """A table that fits 80 columns: titles are wrapped, what is in brackets goes on a second line.
 
@@ -134,14 +313,17 @@ def terminal_table(
         title: above the table.
         head: column titles.
         body: rows of cells.
-        red: which rows stand out; none if empty.
+        styles: rich style of each row, "" for plain; all plain if empty.
         texts: how many first columns are text, folded where they are long; the others are numbers and never cut.
     """
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    view = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", pad_edge=False)
+    view = Table(
+        title=escape(title) or None, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", pad_edge=False
+    )
     for number, name in enumerate(head):
         if number < texts:
             view.add_column(name, overflow="fold")
@@ -149,29 +331,124 @@ def terminal_table(
             view.add_column(textwrap.fill(name, 10), justify="right", no_wrap=True)
     for number, row in enumerate(body):
         cells = [Text(cell) if column < texts else stacked(cell) for column, cell in enumerate(row)]
-        view.add_row(*cells, style="red" if red and red[number] else None)
+        view.add_row(*cells, style=styles[number] or None if styles else None)
     return view
 
 
-def metric_columns(bench: Benchmark, rows: Sequence[Row]) -> dict[str, str]:
-    """Column title -> metric key of a benchmark's table."""
-    if bench.name == "pope":
-        return {"accuracy %": "mean_accuracy", "F1 %": "mean_f1"}
-    return {f"{task} %": f"{task}.accuracy" for task in (rows[0].score["tasks"] if rows else ())}
+def csv_text(rows: Sequence[Row]) -> str:
+    """One line a row, plain numbers in the metrics' own units (shares are 0 to 1), empty where there is none.
+
+    Columns: what the row is; of every metric the value, `.low` and `.high` of its interval, `.difference` to the
+    baseline with its `.p` and `.p_holm`; then the cost as in `cost_of`.
+    """
+    shown = metrics(rows)
+    parts = ("", ".low", ".high", ".difference", ".p", ".p_holm")
+    head = ["label", "spec", "role", "invalid", "note", "folder", "failed", "unparsed", "questions"]
+    file = io.StringIO()
+    sheet = csv.writer(file, lineterminator="\n")
+    sheet.writerow([*head, *(metric.key + part for metric in shown for part in parts), *COSTS, "floor"])
+    for entry in rows:
+        line: list[Any] = [entry.label, entry.spec, entry.role, entry.invalid, entry.note, entry.folder]
+        line += [len(entry.failed), entry.score.get("unparsed"), entry.cost.get("questions")]
+        for metric in shown:
+            low, high = entry.intervals.get(metric.key) or (None, None)
+            pair = entry.versus.get(metric.key)
+            tests = (None,) * 3 if pair is None else (pair.difference, pair.p, pair.p_holm)
+            line += [entry.value(metric.key), low, high, *tests]
+        line += [entry.cost.get(name) for name in (*COSTS, "floor")]
+        sheet.writerow(["" if value is None or value != value else value for value in line])
+    return file.getvalue()
 
 
-def metric(score: Mapping[str, Any], key: str) -> float:
-    """A number of a score by its interval key: "mean_f1", "random.f1", "loc.accuracy"."""
-    if key in score:
-        return float(score[key])
-    group, name = key.split(".")
-    return float((score.get("categories") or score["tasks"])[group][name])
+def latex(rows: Sequence[Row]) -> str:
+    """A booktabs table of the headline metrics and the cost, to be read with `\\input` (needs `booktabs`).
+
+    The best value of a column is bold among the methods and controls that may be compared, by the digits shown; the
+    baseline is not in that contest. Intervals and notes stand in small print.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    shown = metrics(rows, headline=True)
+    columns = [*(title(metric) for metric in shown), "visual tokens", "MACs", "KV cache", "ms per question"]
+    bold = {metric.key: _best(rows, metric) for metric in shown}
+    lines = []
+    for entry in rows:
+        cells = [_latex_cell(entry, metric, bold[metric.key]) for metric in shown]
+        costs = (tokens_text(entry.cost), macs_text(entry.cost), cost_texts(entry.cost)[0], total_text(entry.cost))
+        cells += [_latex_small(text.removesuffix(" ms")) for text in costs]
+        label = rf"\texttt{{{latex_escape(entry.label)}}}" + (r"$^{\dagger}$" if entry.invalid else "")
+        lines.append((entry.role, " & ".join([label, *cells])))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        block_start_string="<%",
+        block_end_string="%>",
+        variable_start_string="<<",
+        variable_end_string=">>",
+        comment_start_string="<#",
+        comment_end_string="#>",
+    )
+    return environment.get_template("table.tex.j2").render(
+        columns=[r" \\ ".join(map(latex_escape, textwrap.wrap(name, 10))) for name in columns],
+        lines=lines,
+        notes=[latex_escape(text) for text in notes(rows, differences=False)],
+    )
 
 
-def value_text(value: float, interval: tuple[float, float] | None) -> str:
-    """ "84.2 (81.0-87.1)", in percent."""
-    text = f"{100 * value:.1f}"
-    return text if interval is None else f"{text} ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"
+def latex_escape(text: str) -> str:
+    """Text as LaTeX prints it, in any font encoding."""
+    special = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': r"\textquotedbl{}",
+        "†": r"$^{\dagger}$",
+        "−": r"$-$",
+        "≥": r"$\geq$",
+    }
+    special |= {mark: rf"\{mark}" for mark in "&%$#_{}"}
+    return "".join(special.get(letter, letter) for letter in text)
+
+
+def mark(entry: Row) -> str:
+    """The row's label, with a dagger when its numbers must not be compared."""
+    return f"{entry.label} †" if entry.invalid else entry.label
+
+
+def cell(entry: Row, metric: Metric) -> str:
+    """ "84.2 −1.2* (81.0-87.1)": value, difference to the baseline, interval; "-" where there is none."""
+    value = entry.value(metric.key)
+    if value is None:
+        return "-"
+    text, pair = number_text(value, metric.percent), entry.versus.get(metric.key)
+    if pair is not None:
+        text += f" {difference_text(pair, metric.percent)}"
+    return text + _interval_text(entry.intervals.get(metric.key), metric.percent)
+
+
+def difference_text(pair: Paired, percent: bool = True) -> str:
+    """ "−1.2*": with the mark of a difference that is more than chance (`significant`)."""
+    text = number_text(abs(pair.difference), percent)
+    sign = "±" if float(text) == 0 else "−" if pair.difference < 0 else "+"
+    return f"{sign}{text}" + ("*" if significant(pair) else "")
+
+
+def significant(pair: Paired) -> bool:
+    """Whether p is below 0.05 after Holm's correction; what is not in that family of tests is never called so."""
+    return pair.p_holm is not None and pair.p_holm < ALPHA
+
+
+def number_text(value: float, percent: bool = True) -> str:
+    """ "84.2": one decimal of a percentage; of other numbers one decimal, or two below 10."""
+    if percent:
+        return f"{100 * value:.1f}"
+    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}"
 
 
 def stacked(text: str) -> str:
@@ -181,10 +458,22 @@ def stacked(text: str) -> str:
 
 
 def tokens_text(cost: Mapping[str, Any]) -> str:
-    """ "79.2 (of 144)": visual tokens, mean over layers."""
+    """ "79.2 (of 144)": visual tokens, mean over layers; "- (floor 72.5)" below a method's floor."""
+    if "floor" in cost:
+        return f"- (floor {cost['floor']:.4g})"
     if not cost.get("questions"):
         return "-"
     return f"{cost['average_visual_tokens']:.4g} (of {cost['visual_tokens']:.4g})"
+
+
+def macs_text(cost: Mapping[str, Any]) -> str:
+    """ "53 %": multiply-accumulates of the decoder's prefill, of those without pruning."""
+    return f"{100 * cost['prefill_macs_ratio']:.0f} %" if cost.get("questions") else "-"
+
+
+def total_text(cost: Mapping[str, Any]) -> str:
+    """ "4.31 ms": measured cost of a question, prefill and decoding."""
+    return f"{cost['ms_per_question']:.3g} ms" if cost.get("questions") else "-"
 
 
 def cost_texts(cost: Mapping[str, Any]) -> list[str]:
@@ -207,3 +496,94 @@ def bytes_text(count: float) -> str:
             return f"{count:.4g} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def _interval_text(interval: tuple[float, float] | None, percent: bool) -> str:
+    if interval is None:
+        return ""
+    return f" ({number_text(interval[0], percent)}-{number_text(interval[1], percent)})"
+
+
+def _answered_by_both(baseline: Run, run: Run) -> tuple[Tally, Tally, int]:
+    """Tallies over the questions that both runs answered, and how many only one of them did."""
+    answered = [{answer.id for answer in entry.said} for entry in (baseline, run)]
+    if answered[0] == answered[1]:
+        return baseline.tally, run.tally, 0
+    both, asked = answered[0] & answered[1], {item.id for item in baseline.items} & {item.id for item in run.items}
+    first, second = (
+        entry.scorer.tally(
+            [item for item in entry.items if item.id in asked],
+            [answer for answer in entry.said if answer.id in both],
+            asked - both,
+        )
+        for entry in (baseline, run)
+    )
+    return first, second, len(answered[0] ^ answered[1])
+
+
+def _width(columns: Sequence[Column]) -> int:
+    """Terminal cells that number columns take, with the blanks between them."""
+    total = 0
+    for name, texts in columns:
+        lines = [*textwrap.wrap(name, 10), *(part.rstrip(")") for text in texts for part in text.split(" ("))]
+        total += max(map(len, lines)) + 3
+    return total
+
+
+def _split(columns: Sequence[Column], room: int) -> list[list[Column]]:
+    """Columns in groups that fit, about equally many in each."""
+    if not columns:
+        return []
+    groups: list[list[Column]] = [[]]
+    for column in columns:
+        if groups[-1] and _width([*groups[-1], column]) > room:
+            groups.append([])
+        groups[-1].append(column)
+    each = math.ceil(len(columns) / len(groups))
+    even = [list(columns[start : start + each]) for start in range(0, len(columns), each)]
+    return even if all(_width(group) <= room for group in even) else groups
+
+
+def _best(rows: Sequence[Row], metric: Metric) -> str | None:
+    """The best value of a column as it is shown, None where there is no contest."""
+    entries = [entry for entry in rows if entry.role in ("method", "control") and not entry.invalid]
+    values = [value for entry in entries if (value := entry.value(metric.key)) is not None]
+    if len(values) < 2 or metric.better == "neither":
+        return None
+    return number_text(max(values) if metric.better == "higher" else min(values), metric.percent)
+
+
+def _latex_cell(entry: Row, metric: Metric, best: str | None) -> str:
+    value = entry.value(metric.key)
+    if value is None:
+        return "--"
+    text, pair = number_text(value, metric.percent), entry.versus.get(metric.key)
+    if text == best and entry.role in ("method", "control") and not entry.invalid:
+        text = rf"\textbf{{{text}}}"
+    if pair is not None and significant(pair):
+        text += r"$^{*}$"
+    interval = entry.intervals.get(metric.key)
+    if interval is None:
+        return text
+    low, high = (number_text(end, metric.percent) for end in interval)
+    return rf"{text} {{\scriptsize {low}--{high}}}"
+
+
+def _latex_small(text: str) -> str:
+    """A cost cell, what is in brackets in small print, a lone dash as an en dash."""
+    value, bracket, rest = text.partition(" (")
+    value = "--" if value == "-" else latex_escape(value)
+    return value + (rf" {{\scriptsize {latex_escape(rest.rstrip(')'))}}}" if bracket else "")
+
+
+def _plain(value: Any) -> Any:
+    """Nested data as JSON has it: dataclasses as objects, tuples as lists, NaN and infinities as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

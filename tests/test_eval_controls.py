@@ -1,0 +1,253 @@
+"""Controls: rows at the same layer, a threshold tuned on other images, collapsed captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlmattn import spec
+from vlmattn.errors import DataError
+from vlmattn.eval import controls
+from vlmattn.eval.benchmarks import pope
+from vlmattn.eval.items import Item, Said
+from vlmattn.eval.runs import Run
+from vlmattn.eval.tally import Aggregate, Formula, Kind, Scorer, Tally, share
+
+
+def plain(text: str) -> Kind:
+    """Answers that are right if they are the label."""
+    return Kind(
+        name=text,
+        columns=("right", "total"),
+        count=lambda pairs: (sum(said.text == item.label for item, said in pairs), len(pairs)),
+        formulas=(Formula("accuracy", "accuracy", share(0, 1), of_marks=True),),
+        mark=lambda item, said: said.text == item.label,
+        verdict=lambda item, said: said.text,
+    )
+
+
+SCORER = Scorer(
+    "toy",
+    "official",
+    lambda group: plain("exact") if group == "digits" else pope.kind("official"),
+    (Aggregate("mean_accuracy", "accuracy", "yes_no", "accuracy"),),
+)
+# (id, group, label, margin): the model says no too often, and the lowest cut that is best lies between -2 and -1.
+TUNED = (
+    ("a/1", "a", "yes", -1.0),
+    ("a/2", "a", "yes", 2.0),
+    ("a/3", "a", "no", -3.0),
+    ("b/1", "b", "yes", -0.5),
+    ("b/2", "b", "no", -2.0),
+)
+TESTED = (("a/1", "a", "yes", -1.4), ("a/2", "a", "no", -1.6), ("b/1", "b", "no", 0.25), ("b/2", "b", "yes", 3.0))
+
+
+def run(rows: Any, split: str = "test", label: str = "none", **identity: Any) -> Run:
+    """A run whose texts are what the margins say, with one question of another kind."""
+    records: list[dict[str, Any]] = [
+        {
+            "id": key,
+            "image": f"{key[-1]}.png",
+            "group": group,
+            "question": "?",
+            "label": gold,
+            "status": "ok",
+            "text": "Yes, there is." if margin > 0 else "No, there is none.",
+            "margin": margin,
+        }
+        for key, group, gold, margin in rows
+    ]
+    records.append(
+        {**records[0], "id": "digits/1", "group": "digits", "label": "7", "text": "7"} | {"margin": None, "image": "d"}
+    )
+    found = {"spec": "none", "model": {"name": "m"}, "prompt": "bare", "data": {"sha256": split}} | identity
+    return Run.of("runs/none", records, found, {"pictures": {"scenes": split}}, SCORER, label)
+
+
+def test_the_threshold_is_the_one_that_is_best_on_the_validation_images() -> None:
+    base, validation = run(TESTED), run(TUNED, "val")
+    assert base.tally.values()["mean_accuracy"] == 0.5
+    bias, moved = controls.threshold(base, validation)
+    assert bias == 1.5  # the middle of -2 (no) and -1 (yes)
+    assert moved.label == "threshold(+1.5)" and moved.folder == ""
+    assert [answer.text for answer in moved.said] == ["Yes", "No", "Yes", "Yes", "7"]
+    assert moved.tally.values()["mean_accuracy"] == 0.75
+    assert {key: value for key, value in moved.records[0].items() if key != "text"} == {
+        key: value for key, value in base.records[0].items() if key != "text"
+    }
+    assert moved.records[-1] == base.records[-1]
+    assert base.said[0].text == "No, there is none."
+
+
+def test_without_a_bias_the_answers_are_the_models_own() -> None:
+    good = tuple((key, group, gold, 1.0 if gold == "yes" else -1.0) for key, group, gold, _ in TUNED)
+    base = run(TESTED)
+    bias, moved = controls.threshold(base, run(good, "val"))
+    assert bias == 0 and moved.label == "threshold(+0)"
+    assert moved.tally.verdicts == base.tally.verdicts
+
+
+def test_groups_count_alike_however_many_questions_they_have() -> None:
+    margins = [-1.0] * 10 + [-1.0, -3.0]
+    gold = [False] * 10 + [True, False]
+    assert controls.best_bias(margins, gold, ["a"] * 12) == 0
+    assert controls.best_bias(margins, gold, ["a"] * 10 + ["b"] * 2) == 0  # 1 and 1/2 against 0 and 1
+    gold[:6] = [True] * 6
+    assert controls.best_bias(margins, gold, ["a"] * 10 + ["b"] * 2) == 2
+
+
+def test_equally_good_thresholds_end_with_the_smallest_change() -> None:
+    assert controls.best_bias([-4.0, 1.0], [False, True], ["a", "a"]) == 0
+    assert controls.best_bias([-4.0, -2.0, 3.0, 5.0], [True, False, True, False], ["a"] * 4) == 0
+    assert controls.best_bias([-4.0, -2.0, -1.0], [False, True, True], ["a"] * 3) == 3
+    assert controls.best_bias([2.0, 3.0], [False, False], ["a", "a"]) == -4
+    assert controls.best_bias([-2.0, -3.0], [True, True], ["a", "a"]) == 4
+
+
+def test_the_best_bias_is_what_trying_all_of_them_finds() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        count = int(draw.integers(2, 30))
+        margins = np.round(draw.normal(size=count), 1)  # with ties
+        gold, groups = draw.integers(0, 2, count) > 0, draw.choice(["a", "b", "c"], count)
+
+        def accuracy(bias: float) -> float:
+            right = (margins + bias > 0) == gold  # noqa: B023
+            return float(np.mean([right[groups == name].mean() for name in set(groups)]))  # noqa: B023
+
+        tried = max(accuracy(bias) for bias in np.arange(-5, 5, 0.05))
+        assert accuracy(controls.best_bias(margins, gold, list(groups))) == pytest.approx(tried)
+
+
+def test_a_threshold_needs_margins_and_other_images_of_the_same_model() -> None:
+    base, validation = run(TESTED), run(TUNED, "val")
+    with pytest.raises(DataError, match="tuned on the images it is tested on"):
+        controls.threshold(base, run(TUNED, "test"))
+    other = dataclasses.replace(validation, info={"pictures": {"scenes": "test"}})
+    with pytest.raises(DataError, match="tuned on the images it is tested on"):
+        controls.threshold(base, other)
+    with pytest.raises(DataError, match="another spec: 'fastv'"):
+        controls.threshold(base, run(TUNED, "val", spec="fastv"))
+    for lacking in (base, validation):
+        records = [{key: value for key, value in record.items() if key != "margin"} for record in lacking.records]
+        bare = dataclasses.replace(lacking, records=records)
+        with pytest.raises(DataError, match=r"yes/no answers of none have no margin \(a/1, .*run it again"):
+            controls.threshold(*((bare, validation) if lacking is base else (base, bare)))
+    with pytest.raises(DataError, match="no answers to yes/no questions"):
+        controls.threshold(base.only({"digits/1"}), validation)
+
+
+def test_failed_questions_stay_failed() -> None:
+    base = run(TESTED)
+    lost = {key: value for key, value in base.records[1].items() if key not in ("text", "margin")}
+    base = dataclasses.replace(base, records=[base.records[0], lost | {"status": "failed"}, *base.records[2:]])
+    assert list(controls.threshold(base, run(TUNED, "val")).run.failed) == ["a/2"]
+
+
+def captions(texts: list[tuple[int, int, int]]) -> Tally:
+    """A tally of captions given as (words, 4-grams, repeated 4-grams)."""
+    kind = Kind(
+        name="caption",
+        columns=("words", "total", "grams", "repeated"),
+        count=lambda pairs: np.sum([[n, 1, g, r] for n, g, r in (map(int, s.text.split()) for _, s in pairs)], axis=0),
+        formulas=(
+            Formula("length", "length", share(0, 1), "neither", percent=False),
+            Formula("repeated_4", "repeated 4-grams", share(3, 2), "lower"),
+        ),
+        mark=lambda item, said: None,
+        verdict=lambda item, said: said.text,
+    )
+    items = [Item(f"caption/{number}", f"{number}.png", "?", "", "caption") for number in range(len(texts))]
+    said = [Said(item.id, " ".join(map(str, text))) for item, text in zip(items, texts)]
+    return Scorer("toy", "official", lambda group: kind).tally(items, said)
+
+
+@pytest.mark.parametrize(
+    "base, other, reason",
+    [
+        ((40, 1000, 20), (40, 1000, 60), ""),  # three times, not over
+        ((40, 1000, 20), (40, 1000, 61), "caption: 6.1% of 4-grams repeated, 2.0% in the baseline"),
+        ((40, 1000, 0), (40, 1000, 10), ""),  # 1 % is never a collapse
+        ((40, 1000, 0), (40, 1000, 11), "caption: 1.1% of 4-grams repeated, 0.0% in the baseline"),
+        ((40, 1000, 0), (50, 1000, 0), ""),
+        ((40, 1000, 0), (30, 1000, 0), ""),
+        ((40, 1000, 0), (52, 1000, 0), "caption: mean length 52.0 words, 40.0 in the baseline (+30%)"),
+        ((40, 1000, 0), (29, 1000, 0), "caption: mean length 29.0 words, 40.0 in the baseline (-28%)"),
+        ((40, 1000, 0), (3, 0, 0), "caption: mean length 3.0 words, 40.0 in the baseline (-92%)"),
+        ((0, 0, 0), (5, 2, 0), "caption: mean length 5.0 words, 0.0 in the baseline"),
+        ((0, 0, 0), (0, 0, 0), ""),
+    ],
+)
+def test_collapsed_captions_are_told(base: Any, other: Any, reason: str) -> None:
+    assert controls.collapse(captions([base]), captions([other])) == reason
+
+
+def test_both_signs_of_a_collapse_are_told_and_other_kinds_have_none() -> None:
+    reason = controls.collapse(captions([(40, 1000, 0)] * 2), captions([(90, 1000, 500)] * 2))
+    assert "mean length 90.0" in reason and "; " in reason and "50.0% of 4-grams" in reason
+    assert controls.collapse(run(TESTED).tally, run(TUNED).tally) == ""
+
+
+def test_the_guard_reads_the_columns_of_the_caption_benchmark() -> None:
+    from vlmattn.eval.benchmarks import chair
+
+    names = {formula.name for formula in chair.FORMULAS}
+    assert {controls.REPEATED, controls.LENGTH} <= names
+
+
+def test_every_pruner_gets_random_and_no_image_at_its_layer() -> None:
+    found = controls.specs_for(["none", "fastv(keep=0.25)", "uniform(keep=64)", "vhr"], num_layers=32)
+    assert list(found) == [
+        "random(keep=0.25, before_layer=2)",
+        "random(keep=64, before_layer=0)",
+        "noimage(before_layer=2)",
+        "noimage",
+    ]
+    assert list(controls.specs_for(["fastv(keep=0.25)"], num_layers=4, seeds=2)) == [
+        "random(keep=0.25, before_layer=1)",
+        "random(keep=0.25, before_layer=1, seed=1)",
+        "noimage(before_layer=1)",
+    ]
+    scoped = controls.specs_for(["fastv(keep=9, budget_scope=sample) + var"], num_layers=4)
+    assert next(iter(scoped)) == "random(keep=9, before_layer=1, budget_scope=sample)"
+
+
+def test_labels_tell_budget_and_layer_even_where_they_are_the_default() -> None:
+    found = controls.specs_for(["fastv", "uniform"], num_layers=32)
+    assert found["random(before_layer=2)"] == "random(keep=0.5, before_layer=2)"
+    assert found["noimage"] == "noimage(before_layer=0)"
+    assert all(spec.text(spec.parse(label)) == text for text, label in found.items())
+
+
+def test_what_runs_already_is_not_run_twice() -> None:
+    methods = ["fastv(keep=0.25)", "fastv(keep=0.25, query=all)", "random(keep=0.25, before_layer=2)", "noimage"]
+    assert list(controls.specs_for(methods, num_layers=32)) == ["noimage(before_layer=2)"]
+    assert list(controls.specs_for(["uniform", "random"], num_layers=32)) == ["noimage"]  # random's layer is 0
+    assert controls.specs_for(["noimage(before_layer=3)", "fastv(keep=1.0)"], num_layers=32) == {}
+
+
+def test_several_pruners_have_one_control_with_as_many_stages() -> None:
+    found = controls.specs_for(["fastv(keep=0.6) + uniform(keep=16, before_layer=3)"], num_layers=4)
+    assert list(found) == [
+        "random(keep=0.6, before_layer=1) + random(keep=16, before_layer=3)",
+        "noimage(before_layer=1)",
+    ]
+
+
+def test_margins_of_the_embedded_model_say_what_it_answered(tmp_path: Path) -> None:
+    from vlmattn.eval import bench, models, runner
+    from vlmattn.scenes import names
+
+    asked = bench.load("scenes", embedded=True, scenes_count=6, tasks=["random", "adversarial"])
+    settings = runner.Settings(batch_size=12, max_new_tokens=4, threshold=True)
+    rows = runner.sweep(models.load(names()[0]), asked, {"none": "none"}, tmp_path, settings)
+    base, tuned = Run.load(tmp_path / "none"), rows[-1]
+    margins = {answer.id: answer.margin for answer in base.said}
+    assert base.tally.verdicts == {key: "yes" if (margin or 0) > 0 else "no" for key, margin in margins.items()}
+    assert tuned.role == "control" and tuned.label.startswith("threshold(") and tuned.cost == rows[0].cost
+    assert tuned.versus["mean_accuracy"].first == rows[0].value("mean_accuracy")

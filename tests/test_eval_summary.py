@@ -1,0 +1,343 @@
+"""Rows and tables of a sweep: terminal, JSON, CSV, LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rows import TITLES, metric, row, sweep
+
+from vlmattn.errors import DataError
+from vlmattn.eval import stats, summary
+from vlmattn.eval.budgets import match_average_tokens
+from vlmattn.eval.items import Benchmark, Item
+from vlmattn.eval.runs import Run
+from vlmattn.eval.tally import Aggregate, Formula, Kind, Scorer, share
+
+EXACT = Kind(
+    name="exact",
+    columns=("right", "total", "unparsed"),
+    count=lambda pairs: (
+        sum(said.text == item.label for item, said in pairs),
+        len(pairs),
+        sum(not said.text for _, said in pairs),
+    ),
+    formulas=(Formula("accuracy", "accuracy", share(0, 1), of_marks=True),),
+    mark=lambda item, said: said.text == item.label,
+    verdict=lambda item, said: said.text,
+)
+SCORER = Scorer("toy", "plain", lambda group: EXACT, (Aggregate("mean_accuracy", "accuracy", "exact", "accuracy"),))
+COST = {
+    "prompt_tokens": 20,
+    "visual_tokens": 16,
+    "visual_per_layer": [16, 16, 4, 4],
+    "kv_bytes": 50.0,
+    "kv_bytes_full": 100.0,
+    "prefill_macs": 30.0,
+    "prefill_macs_full": 60.0,
+}
+
+
+def run(wrong: int, label: str = "none", failed: int = 0, questions: int = 120) -> Run:
+    """A run of two groups over 60 images with the first `wrong` answers wrong and the last `failed` failed."""
+    records: list[dict[str, Any]] = []
+    for number in range(questions):
+        record: dict[str, Any] = {"id": f"q/{number}", "image": f"{number // 2}.png", "group": "ab"[number % 2]}
+        record |= {"question": "?", "label": "x"}
+        if number >= questions - failed:
+            records.append(record | {"status": "failed", "error": "broken"})
+            continue
+        batch = number // 8
+        time = {"batch": batch, "questions": 8, "prefill_ms": 40.0 + batch % 3, "decode_ms": 6.0, "new_tokens": 3}
+        text = "" if number < wrong else "x"
+        records.append(record | {"status": "ok", "text": text, "cost": COST, "time": time | {"vision_ms": 8.0}})
+    return Run.of(f"runs/{label}", records, {"spec": label}, {}, SCORER, label)
+
+
+def text_of(rows: Any, width: int = 160) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    console.print(*summary.tables("scenes: test", rows, width))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def lines(rows: Any) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(summary.csv_text(rows))))
+
+
+def test_a_row_has_score_interval_cost_and_the_difference_to_the_baseline() -> None:
+    base, other = run(6), run(60, "fastv(keep=0.25)")
+    first, second = summary.row(base, role="baseline"), summary.row(other, base)
+    assert first.role == "baseline" and second.role == "method" and first.versus == {}
+    assert first.value("mean_accuracy") == 0.95 and second.value("a.accuracy") == 0.5
+    assert second.intervals == stats.intervals(other.tally)
+    low, high = second.intervals["mean_accuracy"] or (0, 0)
+    assert low < 0.5 < high
+    pair = second.versus["mean_accuracy"]
+    assert pair.difference == pytest.approx(-0.45) and summary.significant(pair)
+    assert second.spec == second.label == "fastv(keep=0.25)" and second.folder == "runs/fastv(keep=0.25)"
+    assert second.score["unparsed"] == 60 and second.note == "" and second.invalid == ""
+    assert summary.row(other, base, label="mine").label == "mine"
+    assert summary.row(other, base, seed=1).intervals != second.intervals
+
+
+def test_equal_runs_differ_in_nothing() -> None:
+    base = run(6)
+    same = summary.row(run(6, "var"), base)
+    assert {pair.difference for pair in same.versus.values()} == {0.0}
+    assert not any(map(summary.significant, same.versus.values()))
+    assert "±0.0" in summary.cell(same, same.metrics[0]) and "*" not in summary.cell(same, same.metrics[0])
+
+
+def test_questions_that_one_run_lost_are_left_out_of_differences() -> None:
+    base, other = run(0), run(0, "var", failed=30)
+    found = summary.row(other, base)
+    assert found.versus["mean_accuracy"].images == 45 and found.versus["mean_accuracy"].difference == 0
+    assert "30 questions that only one of it and none answered" in found.note
+    assert len(found.failed) == 30
+    assert any(sentence == "var: 30 questions failed and are left out." for sentence in summary.notes([found]))
+
+
+def test_when_everything_failed_there_is_a_row_all_the_same() -> None:
+    base, other = run(0), run(0, "var", failed=120)
+    found = summary.row(other, base)
+    assert found.cost == {"questions": 0} and found.value("mean_accuracy") is None
+    both = [summary.row(base, role="baseline"), found]
+    assert text_of(both).count("var") >= 1
+    assert lines(both)[1]["mean_accuracy"] == "" and lines(both)[1]["failed"] == "120"
+
+
+def test_without_scipy_the_row_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise DataError("intervals need scipy")
+
+    monkeypatch.setattr(stats, "intervals", missing)
+    base = run(6)
+    both = [summary.row(base, role="baseline"), summary.row(run(9, "var"), base)]
+    assert both[0].note == "intervals need scipy" and both[0].intervals == {}
+    assert summary.notes(both)[-1] == "intervals need scipy."  # once, not once a row
+    assert "95.0" in text_of(both)
+
+
+def test_a_collapsed_row_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmattn.eval import controls
+
+    monkeypatch.setattr(controls, "collapse", lambda base, other: "caption: mean length moved")
+    assert summary.row(run(6), run(6)).invalid == "caption: mean length moved"
+    assert summary.row(run(6)).invalid == ""
+
+
+def test_measured_cost_is_prefill_and_decoding_of_a_question() -> None:
+    cost = summary.cost_of(run(0).records)
+    assert cost["prefill_ms_per_question"] == 41 / 8 and cost["vision_ms"] == 8
+    assert cost["ms_per_token"] == 3 and cost["new_tokens"] == 3 and cost["batch_size"] == 8
+    assert cost["ms_per_question"] == 41 / 8 + 3 * (3 - 1) / 8
+    assert cost["prefill_macs_ratio"] == 0.5 and cost["average_visual_tokens"] == 10
+    old = [
+        {**record, "time": {**record["time"], "new_tokens": 1, "decode_ms": 0.0}} | {"id": record["id"]}
+        for record in run(0).records
+    ]
+    cost = summary.cost_of(old)
+    assert cost["ms_per_token"] is None and cost["ms_per_question"] == cost["prefill_ms_per_question"]
+
+
+def test_the_mean_length_of_answers_counts_not_the_longest() -> None:
+    records = [dict(record) for record in run(0).records]
+    for record in records[:60]:
+        record["time"] = {**record["time"], "new_tokens": 23, "decode_ms": 66.0}
+    batches = {record["time"]["batch"]: record["time"]["new_tokens"] for record in records}
+    cost = summary.cost_of(records)
+    assert cost["new_tokens"] == pytest.approx(sum(batches.values()) / len(batches))
+    assert cost["ms_per_question"] == pytest.approx(41 / 8 + 3 * (cost["new_tokens"] - 1) / 8)
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_tables_fit_the_terminal_and_lose_nothing(width: int) -> None:
+    rows = sweep()
+    text = text_of(rows, width)
+    assert max(map(len, text.splitlines())) <= width
+    flat = re.sub(r"\s+", " ", text)
+    for entry in rows:
+        for shown in summary.metrics(rows, headline=True):
+            assert summary.cell(entry, shown).partition(" (")[0] in flat
+        for part in summary.cost_texts(entry.cost):
+            assert part.partition(" (")[0] in flat
+    assert "…" not in text and "random F1" not in flat  # nothing cut; not a headline
+    tables = summary.tables("scenes: test", rows, width)
+    assert len(tables) > 1 and all(table.row_count == len(rows) for table in tables)
+    assert [table.title for table in tables] == ["scenes: test"] + [None] * (len(tables) - 1)
+
+
+def test_few_metrics_and_cost_stand_in_one_table() -> None:
+    base = run(6)
+    rows = [summary.row(base, role="baseline"), summary.row(run(12, "var"), base)]
+    assert len(summary.tables("toy", rows, 160)) == 1
+    head = [str(column.header) for column in summary.tables("toy", rows, 160)[0].columns]
+    assert "unparsed" in head and "accuracy %" in head
+    assert "unparsed" not in text_of([summary.row(run(0))])
+
+
+def test_the_marks_of_a_table_are_explained() -> None:
+    rows = sweep()
+    text, notes = text_of(rows), summary.notes(rows)
+    assert "79.0 −11.0*" in text and "uniform(keep=0.25, mode='2d') †" in text
+    assert notes[1] == "With a sign: the difference to none."
+    assert notes[2].startswith("* differs from none: p < 0.05 in a paired test, after Holm's correction")
+    assert notes[3].startswith("† uniform(keep=0.25, mode='2d'): not comparable, caption: mean length 62.0 words")
+    bare = dataclasses.replace(rows[0], intervals={})
+    assert summary.notes([bare]) == []
+
+
+def test_a_value_has_the_unit_of_its_metric() -> None:
+    entry, base = sweep()[1:3], sweep()[0]
+    assert summary.cell(base, metric("mean_accuracy")) == "90.0 (87.0-92.5)"
+    assert summary.cell(entry[1], metric("mean_accuracy")) == "79.0 −11.0* (76.0-81.5)"
+    assert summary.cell(base, metric("caption.length")) == "38.2 (38.2-38.3)"
+    assert summary.title(metric("caption.length")) == "caption length"
+    assert summary.title(metric("mean_f1")) == "F1 %"
+    assert summary.number_text(0.5) == "50.0"
+    assert [summary.number_text(value, False) for value in (0.123, 9.994, 9.996, 1511.2)] == [
+        "0.12",
+        "9.99",
+        "10.0",
+        "1511.2",
+    ]
+    undefined = dataclasses.replace(base, score={**base.score, "undefined": ["mean_accuracy"]})
+    assert summary.cell(undefined, metric("mean_accuracy")) == "-"
+
+
+def below_floor() -> summary.Row:
+    match = match_average_tokens("fastv(before_layer=2)", [0.35], num_layers=4, visual_tokens=144)[0]
+    return summary.below_floor(match)
+
+
+def test_a_level_below_the_floor_is_a_dash_with_the_floor() -> None:
+    entry = below_floor()
+    assert entry.role == "below floor" and entry.label == "fastv(keep=-, before_layer=2) at 0.35"
+    assert "leaves 72.5 of 144 visual tokens a layer on average, 0.503" in entry.note
+    rows = [*sweep(), entry]
+    text = text_of(rows)
+    for line in text.splitlines():
+        if line.startswith(" fastv(keep=-"):
+            assert set(line.removeprefix(" fastv(keep=-, before_layer=2) at 0.35").split()) == {"-"}
+    assert "floor 72.5" in text
+    assert summary.notes(rows)[-1].startswith("fastv(keep=-, before_layer=2) at 0.35: level 0.35 is below")
+    last = lines(rows)[-1]
+    assert last["floor"] == "72.5" and last["mean_accuracy"] == "" and last["spec"] == ""
+    assert r"-- {\scriptsize floor 72.5}" in summary.latex(rows)
+
+
+def test_csv_has_plain_numbers_in_the_metrics_own_units() -> None:
+    rows = sweep()
+    rows[1] = dataclasses.replace(rows[1], note='says "so", twice\nor more')
+    found = lines(rows)
+    assert [line["label"] for line in found] == [entry.label for entry in rows]
+    second = found[1]
+    assert float(second["mean_accuracy"]) == 0.88 and float(second["mean_accuracy.low"]) == pytest.approx(0.85)
+    assert float(second["mean_accuracy.high"]) == pytest.approx(0.905)
+    assert float(second["mean_accuracy.difference"]) == pytest.approx(-0.02)
+    assert float(second["mean_accuracy.p"]) == 0.3 and float(second["mean_accuracy.p_holm"]) == 0.6
+    assert float(second["prefill_macs_ratio"]) == pytest.approx(124 / 160) and second["peak_memory_bytes"] == ""
+    assert second["note"] == 'says "so", twice\nor more'
+    assert found[0]["mean_accuracy.p"] == "" and found[4]["invalid"].startswith("caption:")
+    assert set(TITLES) <= set(second)
+
+
+def cells(text: str) -> list[list[str]]:
+    """The body cells of a LaTeX table, read in a crude way."""
+    body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
+    rows = [line for line in body.splitlines() if line.startswith(r"\texttt")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)&", row.removesuffix(r" \\"))] for row in rows]
+
+
+def test_the_latex_table_is_whole() -> None:
+    text = summary.latex(sweep())
+    plain = re.sub(r"\\[\\{}%&_#$]", "", text)  # escaped characters are text
+    assert plain.count("{") == plain.count("}") and plain.count("$") % 2 == 0
+    depth = 0
+    for letter in plain:
+        depth += (letter == "{") - (letter == "}")
+        assert depth >= 0
+    assert sorted(re.findall(r"\\(begin|end)\{(\w+)\}", text)) == [("begin", "tabular"), ("end", "tabular")]
+    columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", text).group(1))  # type: ignore[union-attr]
+    assert {len(row) for row in cells(text)} == {columns}
+    assert not re.search(r"(?<!\\)[_#]", text) and "%" not in re.sub(r"\\%", "", text.partition("\n")[2])
+    assert text.count(r"\midrule") == 3  # baseline, methods, controls
+    assert text.isascii()
+
+
+def test_latex_names_are_escaped() -> None:
+    odd = row("a_b & 50% $x$ #1 {q} ~^\\ <x> | †", 0.5, 72, 4.0)
+    text = summary.latex([odd])
+    assert (
+        r"\texttt{a\_b \& 50\% \$x\$ \#1 \{q\} \textasciitilde{}\textasciicircum{}\textbackslash{} "
+        r"\textless{}x\textgreater{} \textbar{} $^{\dagger}$}" in text
+    )
+
+
+def test_latex_marks_the_best_comparable_method_or_control() -> None:
+    rows = [
+        row("none", 0.99, 144, 9.0, "baseline"),
+        row("fastv", 0.8, 72, 5.0),
+        row("uniform", 0.8, 72, 5.0),
+        row("random", 0.6, 72, 5.0, "control"),
+        row("broken", 0.95, 72, 5.0, invalid="collapsed"),
+    ]
+    found = cells(summary.latex(rows))
+    keys = [metric.key for metric in summary.metrics(rows, headline=True)]
+    best, lowest = 1 + keys.index("mean_f1"), 1 + keys.index("caption.chair_s")
+    neither = 1 + keys.index("caption.length")
+    assert [r"\textbf" in line[best] for line in found] == [False, True, True, False, False]  # equal digits share it
+    assert [r"\textbf" in line[lowest] for line in found] == [False, False, False, True, False]
+    assert not any(r"\textbf" in line[neither] for line in found)
+    assert not any(r"\textbf" in cell for line in cells(summary.latex(rows[:2])) for cell in line)  # no contest
+
+
+def bench() -> Benchmark:
+    return Benchmark("toy", (Item("q", "i", "?", "x", "a"),), lambda name: None, SCORER, "abc", "made up")  # type: ignore[arg-type, return-value]
+
+
+def test_a_sweep_leaves_four_files(tmp_path: Path) -> None:
+    rows = [*sweep(), below_floor()]
+    pair = dataclasses.replace(rows[1].versus["mean_f1"], p=math.nan, interval=None)
+    rows[1] = dataclasses.replace(rows[1], versus={**rows[1].versus, "mean_f1": pair})
+    path = summary.write(tmp_path, bench(), rows, {"model": "m"})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
+        [summary.CSV, summary.LATEX, summary.PLOT, summary.SUMMARY]
+    )
+
+    def strict(name: str) -> Any:
+        raise AssertionError(f"{name} is not JSON")
+
+    value = json.loads(path.read_text(), parse_constant=strict)
+    assert value["model"] == "m" and value["profile"] == "plain" and value["data"]["sha256"] == "abc"
+    assert value["metrics"]["caption.chair_s"] == {
+        "title": "caption CHAIR_s",
+        "group": "caption",
+        "headline": True,
+        "better": "lower",
+        "percent": True,
+    }
+    assert [entry["label"] for entry in value["runs"]] == [entry.label for entry in rows]
+    first = value["runs"][1]
+    assert first["versus"]["mean_accuracy"]["difference"] == pytest.approx(-0.02)
+    assert first["versus"]["mean_f1"]["p"] is None and "metrics" not in first
+    assert value["runs"][4]["invalid"].startswith("caption") and value["runs"][-1]["role"] == "below floor"
+    assert (tmp_path / summary.CSV).read_text() == summary.csv_text(rows)
+    assert (tmp_path / summary.PLOT).read_text().startswith("<svg")
+
+
+def test_a_write_that_fails_leaves_the_former_files(tmp_path: Path) -> None:
+    summary.write(tmp_path, bench(), sweep(), {})
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+    with pytest.raises(TypeError):
+        summary.write(tmp_path, bench(), sweep()[:2], {"model": object()})
+    assert (tmp_path / summary.SUMMARY).read_bytes() == before[summary.SUMMARY]
+    assert {entry.name for entry in tmp_path.iterdir()} == set(before)  # no temporary file is left

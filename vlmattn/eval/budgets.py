@@ -1,0 +1,149 @@
+"""Budgets that make methods comparable: the same visual tokens per decoder layer, on average.
+
+A method that prunes before layer k leaves the first k layers full: at the same `keep` it sees more than one that prunes
+before the language model. The average of visual tokens over the layers is what both have in common.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from vlmattn.errors import DataError
+
+IN_MODEL = (0.75, 0.5, 0.35)
+BEFORE_MODEL = (0.5, 0.25, 0.11)
+_UNUSUAL = 0.123456789
+"""A budget that is nobody's default."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A spec whose budget was chosen for a level, or why there is none.
+
+    Attributes:
+        level: wanted visual tokens per layer as a share of those of the image; None for a spec without a budget.
+        spec: canonical spec text; None where the level is below the floor.
+        average: visual tokens per layer that `spec` has; None without a spec.
+        floor: the fewest visual tokens per layer that the method can have: its average with a single token kept.
+        visual_tokens: of the image that was counted with.
+        label: what tables call it: `spec` with its `keep` even where that is the default, or the method and the level.
+    """
+
+    level: float | None
+    spec: str | None
+    average: float | None
+    floor: float
+    visual_tokens: int
+    label: str
+
+    @property
+    def floor_share(self) -> float:
+        """The floor as a share of the image's visual tokens."""
+        return self.floor / self.visual_tokens
+
+
+def match_average_tokens(
+    spec: str,
+    levels: Sequence[float] | None = None,
+    *,
+    num_layers: int,
+    visual_tokens: int,
+    grid: tuple[int, int, int] | None = None,
+) -> list[Match]:
+    """The spec with budgets whose average visual tokens per layer are nearest to the levels.
+
+    `keep` is written as a share with as few digits as give exactly that many tokens of an image of `visual_tokens`, so
+    that it means the same for images of other sizes.
+
+    Args:
+        spec: spec text with at most one pruner; its `keep` is replaced, all else stays.
+        levels: shares of `visual_tokens`; default: 0.75, 0.5 and 0.35 for a pruner inside the language model, 0.5, 0.25
+            and 0.11 for one before its first layer.
+        num_layers: decoder layers of the model.
+        visual_tokens: of an image.
+        grid: `(t, h, w)` of them, for methods that look at it.
+
+    Returns:
+        A match per level, in the order of the levels. A level below the method's floor by more than half of what one
+        token more or less changes has no spec. A spec without a budget (no pruner, or one without `keep`) is one match
+        without a level.
+
+    Raises:
+        DataError: several pruners, a level outside (0, 1], no visual tokens or no layers.
+        SpecError, LayerError: the spec cannot be read, or does not fit the depth.
+    """
+    from vlmattn import spec as specs
+
+    if num_layers < 1 or visual_tokens < 1:
+        raise DataError(
+            f"{visual_tokens} visual tokens in {num_layers} layers: there must be at least one of each to match budgets"
+        )
+    if levels is not None and (wrong := [level for level in levels if not 0 < level <= 1]):
+        raise DataError(f"level {wrong[0]:g} is outside (0, 1]: levels are shares of an image's visual tokens")
+    methods = specs.parse(spec)
+    pruners = [method for method in methods if method.kind == "prune"]
+    if len(pruners) > 1:
+        raise DataError(
+            f"{spec}: {len(pruners)} pruners share the tokens in more than one way: give their budgets yourself, "
+            "or match specs with one pruner"
+        )
+
+    def counts(keep: float | int) -> list[int]:
+        changed: Any = dataclasses.replace(pruners[0], keep=keep)  # type: ignore[call-arg]
+        return list(changed.expected_tokens(visual_tokens, num_layers, grid))
+
+    def spec_of(keep: float) -> str:
+        return specs.text(specs.replace(methods, f"{pruners[0].name}.keep", keep))
+
+    def label_of(keep: float) -> str:
+        return spec_of(_UNUSUAL).replace(repr(_UNUSUAL), repr(keep))  # a default would not be written
+
+    if not pruners or "keep" not in {field.name for field in dataclasses.fields(pruners[0])}:
+        per_layer = pruners[0].expected_tokens(visual_tokens, num_layers, grid) if pruners else [visual_tokens]
+        average = fmean(per_layer)
+        return [Match(None, specs.text(methods), average, average, visual_tokens, specs.text(methods))]
+    smallest = counts(1)
+    floor, chosen = fmean(smallest), levels
+    if chosen is None:
+        chosen = IN_MODEL if smallest[0] == visual_tokens else BEFORE_MODEL
+    step = fmean(counts(min(2, visual_tokens))) - floor
+    found = []
+    for level in chosen:
+        target = level * visual_tokens
+        if floor - target > step / 2:
+            label = spec_of(_UNUSUAL).replace(repr(_UNUSUAL), "-")
+            found.append(Match(level, None, None, floor, visual_tokens, f"{label} at {level:g}"))
+            continue
+        tokens = min(_near(target, visual_tokens, counts), key=lambda n: (abs(fmean(counts(n)) - target), n))
+        keep = next(share for share in _shares(tokens, visual_tokens) if counts(share) == counts(tokens))
+        found.append(Match(level, spec_of(keep), fmean(counts(tokens)), floor, visual_tokens, label_of(keep)))
+    return found
+
+
+def _near(target: float, most: int, counts: Any) -> range:
+    """Numbers of tokens around the first whose average reaches the target.
+
+    Budgets that are only nearly monotone, such as those that fill whole rows of a grid, are off by less than a row.
+    """
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        if fmean(counts(middle)) < target:
+            low = middle + 1
+        else:
+            high = middle
+    row = math.isqrt(most) + 1
+    return range(max(1, low - row), min(most, low + row) + 1)
+
+
+def _shares(tokens: int, total: int) -> Iterator[float]:
+    """`tokens / total` with more and more digits."""
+    for digits in range(2, 17):
+        if 0 < (share := round(tokens / total, digits)) <= 1:
+            yield share
+    yield tokens / total

@@ -1,0 +1,227 @@
+"""Controls: what a method must beat, and what marks a row whose numbers cannot be compared.
+
+Random and empty rows at the same layer tell what the choice of tokens adds; a threshold tuned on other images tells how
+much of a gain on yes/no questions is no more than a shifted bias; the collapse guard marks captions that repeat
+themselves or changed their length, because such captions may even score well on hallucination.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vlmattn.errors import DataError
+from vlmattn.eval.items import some
+from vlmattn.eval.tally import Tally
+
+if TYPE_CHECKING:
+    from vlmattn.eval.runs import Run
+
+REPEATED, LENGTH = "repeated_4", "length"
+REPEATED_TIMES = 3.0
+"""How many times the baseline's share of repeated 4-grams marks a collapse."""
+REPEATED_FLOOR = 0.01
+"""A share of repeated 4-grams up to this is never a collapse, whatever the baseline has; our choice."""
+LENGTH_SHARE = 0.25
+"""How far the mean length of captions may move either way, as a share of the baseline's."""
+
+
+class Control(NamedTuple):
+    """A run whose yes/no answers were decided with another threshold.
+
+    Attributes:
+        bias: what was added to the margin (logit of "yes" minus logit of "no").
+        run: the answers with that bias, labelled "threshold(+0.37)".
+    """
+
+    bias: float
+    run: Run
+
+
+def specs_for(specs: Iterable[str], *, num_layers: int, seeds: int = 1) -> dict[str, str]:
+    """Control specs at the layers where the given specs prune.
+
+    For every spec with pruners: `random` with the same budget before the same layer, once a seed (several pruners: as
+    many random stages), and `noimage` before the first of the layers. Editors of attention in the spec are not repeated
+    in its controls. Pruners that are controls themselves or keep everything get no random row.
+
+    Args:
+        specs: spec texts that are run.
+        num_layers: decoder layers of the model, to tell a paper's layer from the depth.
+        seeds: how many random rows.
+
+    Returns:
+        Canonical spec text -> label with layer and budget, random rows first, each once, without those that are in
+        `specs` already.
+
+    Raises:
+        SpecError, LayerError: a spec cannot be read, or does not fit the depth.
+    """
+    from vlmattn import spec as language
+
+    def resolved(methods: Iterable[Any]) -> str:
+        """Canonical text with every pruner's layer written out."""
+        return language.text(
+            [
+                dataclasses.replace(method, before_layer=method.resolve_layer(num_layers))
+                if method.kind == "prune"
+                else method
+                for method in methods
+            ]
+        )
+
+    parsed = [language.parse(spec) for spec in specs]
+    random: list[str] = []
+    empty: list[str] = []
+    for methods in parsed:
+        pruners: list[Any] = [method for method in methods if method.kind == "prune" and not method.is_noop]
+        if not pruners or "noimage" in [pruner.name for pruner in pruners]:
+            continue
+        layers = [pruner.resolve_layer(num_layers) for pruner in pruners]
+        empty.append(f"noimage(before_layer={min(layers)})")
+        if all(pruner.name == "random" for pruner in pruners) or not all(hasattr(p, "keep") for p in pruners):
+            continue
+        for seed in range(seeds):
+            stages = zip(pruners, layers, strict=True)
+            random.append(" + ".join(_random(pruner, layer, seed) for pruner, layer in stages))
+    known = {resolved(methods) for methods in parsed}
+    wanted = {resolved(language.parse(label)): label for label in (*random, *empty)}
+    return {text: label for text, label in wanted.items() if text not in known}
+
+
+def threshold(base: Run, validation: Run) -> Control:
+    """What a constant added to the yes/no margin does: tuned on the validation images, applied to the run.
+
+    The bias is the one with the best mean accuracy over the yes/no groups of `validation`; of equally good ones the one
+    nearest to 0. In the returned run the answers to yes/no questions are "Yes" where margin + bias > 0, else "No";
+    everything else is as in `base`, times included.
+
+    Args:
+        base: a run whose yes/no records have margins.
+        validation: the same model, spec and prompt on other images.
+
+    Raises:
+        DataError: no yes/no questions, margins are missing, or the two runs share data or differ in more than that.
+    """
+    for name in ("spec", "model", "prompt", "sink_dims"):
+        if base.identity.get(name) != validation.identity.get(name):
+            raise DataError(
+                f"the threshold of {base.label} cannot be tuned on a run with another {name}: "
+                f"{validation.identity.get(name)!r}, expected {base.identity.get(name)!r}"
+            )
+    _check_apart(base, validation)
+    _margins(base)
+    bias = best_bias(*_margins(validation))
+    records = [_decided(base, record, bias) for record in base.records]
+    return Control(bias, dataclasses.replace(base, folder="", label=f"threshold({bias:+.3g})", records=records))
+
+
+def best_bias(margins: ArrayLike, gold: ArrayLike, groups: Sequence[str]) -> float:
+    """The constant that, added to the margins, gives the best mean accuracy over groups.
+
+    An answer is yes where margin + bias > 0. The accuracy only changes where the threshold crosses a margin, so the
+    candidates are 0, the middles between neighbouring margins, and 1 beyond the lowest and the highest.
+
+    Args:
+        margins: (N,) logit of "yes" minus logit of "no".
+        gold: (N,) bool, whether "yes" is right.
+        groups: N names.
+
+    Returns:
+        The bias; of equally good ones the nearest to 0.
+    """
+    m, yes = np.asarray(margins, dtype=np.float64), np.asarray(gold, dtype=bool)
+    names, place = np.unique(np.asarray(groups), return_inverse=True)
+    weight: NDArray[np.float64] = 1.0 / (len(names) * np.bincount(place)[place])
+    values = np.unique(m)
+    middles = (values[:-1] + values[1:]) / 2
+    biases = np.concatenate([[0.0], -middles, [1 - values[0], -1 - values[-1]]])
+
+    # The weights that a threshold below the i-th lowest margin loses and wins, added up once for all candidates.
+    order = np.argsort(m, kind="stable")
+    turned = np.concatenate([[0.0], np.cumsum(np.where(yes, -weight, weight)[order])])
+    scores = weight @ yes + turned[np.searchsorted(m[order], -biases, side="right")]
+    best = biases[scores >= scores.max() - 1e-12]
+    return float(best[np.argmin(np.abs(best))])
+
+
+def collapse(base: Tally, other: Tally) -> str:
+    """Why the captions of a run cannot be compared with the baseline's; "" if they can.
+
+    A caption group has collapsed if its share of repeated 4-grams is over three times the baseline's and over 1 %, or
+    if the mean length of its captions moved by more than a quarter.
+    """
+    before, after = base.values(), other.values()
+    undefined = {*base.undefined(), *other.undefined()}
+    reasons = []
+    for metric in base.metrics:
+        key, (_, _, name) = metric.key, metric.key.rpartition(".")
+        if not metric.group or key in undefined or key not in after:
+            continue
+        was, now = before[key], after[key]
+        if name == REPEATED and now > max(REPEATED_TIMES * was, REPEATED_FLOOR):
+            reasons.append(f"{metric.group}: {now:.1%} of 4-grams repeated, {was:.1%} in the baseline")
+        if name == LENGTH and abs(now - was) > LENGTH_SHARE * was:
+            moved = f" ({now / was - 1:+.0%})" if was else ""
+            reasons.append(f"{metric.group}: mean length {now:.1f} words, {was:.1f} in the baseline{moved}")
+    return "; ".join(reasons)
+
+
+def _random(pruner: Any, layer: int, seed: int) -> str:
+    """Spec text of the random stage that stands in for a pruner."""
+    scope = "" if pruner.budget_scope == "image" else f", budget_scope={pruner.budget_scope}"
+    draw = f", seed={seed}" if seed else ""
+    return f"random(keep={pruner.keep!r}, before_layer={layer}{scope}{draw})"
+
+
+def _check_apart(base: Run, validation: Run) -> None:
+    """Raise DataError if the two runs are about the same images."""
+    same = base.identity["data"]["sha256"] == validation.identity["data"]["sha256"]
+    where = base.info.get("pictures")
+    if not same and where and where == validation.info.get("pictures"):
+        same = bool({item.image for item in base.items} & {item.image for item in validation.items})
+    if same:
+        raise DataError(
+            f"the threshold of {base.label} would be tuned on the images it is tested on: give a run on other images, "
+            "such as the validation split"
+        )
+
+
+def _yes_no(run: Run) -> set[str]:
+    """Ids of the yes/no questions of a run."""
+    return {item.id for item in run.items if run.scorer.kind(item.group).name == "yes_no"}
+
+
+def _margins(run: Run) -> tuple[list[float], list[bool], list[str]]:
+    """Margins, gold answers and groups of the answered yes/no questions.
+
+    Raises:
+        DataError: there are none, or an answer has no margin.
+    """
+    asked = _yes_no(run)
+    margins = {answer.id: answer.margin for answer in run.said if answer.id in asked}
+    if not margins:
+        raise DataError(f"{run.label} has no answers to yes/no questions, so there is no threshold to move")
+    lacking = [key for key, margin in margins.items() if margin is None]
+    if lacking:
+        raise DataError(
+            f"{len(lacking)} yes/no answers of {run.label} have no margin ({some(lacking)}): "
+            "run it again, into a new folder"
+        )
+    items = [item for item in run.items if item.id in margins]
+    return (
+        [float(margins[item.id] or 0.0) for item in items],
+        [item.label.strip().lower() == "yes" for item in items],
+        [item.group for item in items],
+    )
+
+
+def _decided(run: Run, record: Any, bias: float) -> Any:
+    """The record with the answer that the biased margin gives; others as they are."""
+    if record.get("status") != "ok" or run.scorer.kind(record["group"]).name != "yes_no":
+        return record
+    return {**record, "text": "Yes" if record["margin"] + bias > 0 else "No"}
