@@ -78,3 +78,18 @@ def test_several_images_are_rows_of_one_picture(tmp_path: Path) -> None:
     assert Image.open(path).size == drawn.size
     with pytest.raises(ValueError, match="one geometry per image"):
         overlay.draw([picture()], [GEOMETRY, wide], report())
+
+
+def test_stages_need_no_report() -> None:
+    pruned = [(stage.method, stage.before_layer, stage.kept[1][1]) for stage in report().stages]
+    drawn = overlay.stage_panels(picture(), GEOMETRY, pruned, side=70)
+    same = overlay.panels(picture(), GEOMETRY, report(), sample=1, number=1, side=70)
+    assert [title for title, _ in drawn] == [title for title, _ in same]
+    for (_, first), (_, second) in zip(drawn, same, strict=True):
+        assert (np.asarray(first) == np.asarray(second)).all()
+    assert len(overlay.stage_panels(picture(), GEOMETRY, [])) == 1
+
+
+def test_fit_gives_the_longest_side() -> None:
+    assert overlay.fit(picture((40, 20)).convert("L"), 100).size == (100, 50)
+    assert overlay.fit(picture((400, 100)), 100).size == (100, 25)

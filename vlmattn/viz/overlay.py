@@ -21,6 +21,7 @@ _GAP = 10
 _LINE = 17
 _BACKGROUND, _INK, _EDGE = (255, 255, 255), (30, 30, 30), (255, 176, 0)
 Panel = tuple[str, Image.Image]
+Pruned = tuple[str, int, Collection[int]]
 
 
 def token_mask(geometry: Geometry, kept: Collection[int], scale: float = 1.0) -> NDArray[np.uint8]:
@@ -76,13 +77,30 @@ def panels(
         number: which image of the prompt.
         side: longest side of a picture in pixels.
     """
+    pruned = [(stage.method, stage.before_layer, stage.kept[sample][number]) for stage in report.stages]
+    return stage_panels(image, geometry, pruned, side)
+
+
+def stage_panels(image: Image.Image, geometry: Geometry, pruned: Sequence[Pruned], side: int = _SIDE) -> list[Panel]:
+    """(title, picture) of the original and of every stage in `pruned`: what `panels` does without a report.
+
+    Args:
+        image: the original image.
+        geometry: its tokens.
+        pruned: (method, decoder layer before which it acts, indices of the visual tokens it left), in order of layer.
+        side: longest side of a picture in pixels.
+    """
     total = math.prod(geometry.grid)
-    found = [(f"what the model is given\n{total} visual tokens", _scaled(image, side)[0])]
-    for stage in report.stages:
-        kept = stage.kept[sample][number]
-        where = "before the first layer" if stage.before_layer <= 0 else f"before layer {stage.before_layer}"
-        found.append((f"{stage.method}\n{where}: {len(kept)} of {total} kept", shade(image, geometry, kept, side)))
+    found = [(f"what the model is given\n{total} visual tokens", fit(image, side))]
+    for method, before_layer, kept in pruned:
+        where = "before the first layer" if before_layer <= 0 else f"before layer {before_layer}"
+        found.append((f"{method}\n{where}: {len(kept)} of {total} kept", shade(image, geometry, kept, side)))
     return found
+
+
+def fit(image: Image.Image, side: int = _SIDE) -> Image.Image:
+    """The image in RGB at a longest side of `side` pixels."""
+    return _scaled(image, side)[0]
 
 
 def draw(
