@@ -1,22 +1,27 @@
-"""`vlmattn eval` killed with SIGKILL three times at different moments, then run to the end, equals a run left alone."""
+"""`vlmattn eval` killed with SIGKILL in each of its specs, then run to the end, equals a sweep left alone: records and
+table."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from vlmattn.eval.records import read_records
 
-SPECS = {"none": "none", "fastv-keep=0.25": "fastv(keep=0.25)"}
+SPECS = ("none", "fastv-keep=0.25", "uniform-keep=0.25")
+QUESTIONS = 3 * 16
 
 
 def command(out: Path) -> list[str]:
-    options = ["--methods", "; ".join(SPECS.values()), "--limit", "20", "--batch-size", "4", "--out", str(out)]
-    return [sys.executable, "-m", "vlmattn", "eval", *options]
+    what = ["--bench", "scenes", "--tasks", "random,digits,caption", "--scenes", "40", "--limit", "16"]
+    options = ["--methods", "fastv; uniform", "--keep", "0.25", "--batch-size", "4", "--out", str(out)]
+    return [sys.executable, "-m", "vlmattn", "eval", *what, *options]
 
 
 def lines(out: Path) -> int:
@@ -39,12 +44,20 @@ def without_time(folder: Path) -> list[dict]:
     return [{**record, "time": None} for record in read_records(folder)]
 
 
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        own = {key: entry for key, entry in value.items() if "ms" not in key.split("_") and key != "folder"}
+        return {key: without_times(entry) for key, entry in own.items()}
+    return [without_times(entry) for entry in value] if isinstance(value, list) else value
+
+
 def test_eval_killed_three_times_equals_a_run_left_alone(tmp_path: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), check=True, capture_output=True)
+    assert lines(whole) == len(SPECS) * QUESTIONS
     seen: set[tuple[str, str]] = set()
-    for count in (1, 33, 70):
+    for count in (1, QUESTIONS + QUESTIONS // 2, 2 * QUESTIONS + 5):
         kill_at(killed, count)
         now = [
             (path.parent.name, record["id"])
@@ -58,4 +71,5 @@ def test_eval_killed_three_times_equals_a_run_left_alone(tmp_path: Path) -> None
     subprocess.run(command(killed), check=True, capture_output=True)
     for slug in SPECS:
         assert without_time(killed / slug) == without_time(whole / slug)
-    assert (killed / "summary.json").exists()
+    tables = [without_times(json.loads((out / "summary.json").read_text())) for out in (whole, killed)]
+    assert tables[0] == tables[1] and len(tables[0]["runs"]) == len(SPECS)

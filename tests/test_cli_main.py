@@ -48,6 +48,11 @@ def test_help_teaches_with_examples() -> None:
         "--dtype",
         "--device",
         "--out",
+        "--keep",
+        "--range",
+        "--match",
+        "--controls",
+        "--baseline",
         "RUCAIBox/POPE",
         "Examples",
     ):
@@ -96,6 +101,14 @@ def test_the_command_starts_without_torch() -> None:
         (["eval", "--model", "scenes-lava"], "did you mean 'scenes-llava'"),
         (["methods", "fastw"], "did you mean 'fastv'"),
         (["eval", "--data", "nowhere"], "nowhere is not a folder"),
+        (["eval", "--data", "nowhere", "--scenes", "5"], "--scenes is for rendered images"),
+        (["eval", "--bench", "scenes", "--tasks", "digit"], "did you mean 'digits'"),
+        (["eval", "--methods", "vhr", "--keep", "0.5"], "no spec takes keep: vhr has alpha"),
+        (["eval", "--keep", "a b"], "'a b' is not a value"),
+        (["eval", "--range", "1..4"], "is not FIELD=VALUES"),
+        (["eval", "--match", "auto", "--keep", "0.5"], "--match chooses keep itself"),
+        (["eval", "--match", "2"], "no share of the visual tokens"),
+        (["eval", "--baseline", "none; fastv"], "is 2 specs"),
         (["run", "nowhere.png", "What is this?"], "nowhere.png does not exist"),
         (["run", "nowhere.png"], "what shall be asked"),
         (["run", "scene:x"], "is not a scene"),
@@ -163,6 +176,7 @@ def test_eval_writes_folders_resumes_and_refuses_another_run(tmp_path: Path) -> 
     assert first.exit_code == 0, first.output
     for word in ("none", "of 144", "fastv(keep=0.25, before_layer=2)", "accuracy", "F1", "KV cache", "prefill"):
         assert word in first.stdout
+    assert "--controls adds" in plain(first.stdout) and "index.html" in first.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [run["label"] for run in summary["runs"]] == ["none", "fastv(keep=0.25, before_layer=2)"]
     for run in summary["runs"]:
@@ -180,6 +194,24 @@ def test_eval_writes_folders_resumes_and_refuses_another_run(tmp_path: Path) -> 
     other = vlmattn(*arguments[:-4], "--batch-size", 5, "--out", tmp_path / "out")
     assert other.exit_code == 2
     assert "decode.batch_size = 9, now it is 5" in other.stderr and "--out" in other.stderr
+
+
+def test_eval_runs_a_grid_with_matched_rows_and_controls(tmp_path: Path) -> None:
+    def rows(*arguments: object) -> list[tuple[str, str]]:
+        result = vlmattn("eval", "--limit", 2, "--scenes", 5, "--out", tmp_path / "out", *arguments)
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
+        assert all(label in plain(result.stdout) for label in (run["label"].split("(")[0] for run in found))
+        return [(run["label"], run["role"]) for run in found]
+
+    assert rows("--methods", "fastv; vhr", "--keep", "0.5,0.25", "--range", "before_layer=1..2") == [
+        ("none", "baseline"),
+        *((f"fastv(keep={keep}, before_layer={layer})", "method") for keep in (0.5, 0.25) for layer in (1, 2)),
+        ("vhr", "method"),
+    ]
+    matched = rows("--methods", "fastv(before_layer=3)", "--match", "0.75,0.25", "--controls", "--control-seeds", 2)
+    assert [role for _, role in matched] == ["baseline", "method", "below floor", *["control"] * 4]
+    assert [label.split("(")[0] for label, _ in matched[3:]] == ["random", "random", "noimage", "threshold"]
 
 
 def test_eval_names_broken_images_goes_on_and_exits_1(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The runner with a model that is not one: batches, resume, broken images, cost, summary."""
+"""The runner with a model that is not one: batches, resume, records, broken images, cost."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmattn.errors import DataError, SpecError, UnknownMethodError
+from vlmattn.errors import DataError
 from vlmattn.eval import bench as benches
 from vlmattn.eval import runner, summary
 from vlmattn.eval.benchmarks import pope, scenes
-from vlmattn.eval.items import Item
-from vlmattn.eval.records import RunFolder, read_records
+from vlmattn.eval.items import Benchmark
+from vlmattn.eval.records import RunFolder, kept_tokens, pack_tokens, read_records
+from vlmattn.eval.runs import Run
 
 IDENTITY = {"spec": "none"}
 
@@ -45,7 +46,16 @@ class Fake:
         }
         times = {"prefill_ms": 10.0 * len(self.calls), "decode_ms": 6.0, "new_tokens": 3}
         texts = ["Yes" if image.width % 2 == 0 else "No" for image in images]
-        return SimpleNamespace(texts=texts, costs=[cost] * len(texts), times=times)
+        count = len(texts)
+        kept = [{"method": "fastv", "before_layer": 2, "mask": pack_tokens([0, 3], 16)}]
+        return SimpleNamespace(
+            texts=texts,
+            truncated=[row == 0 for row in range(count)],
+            margins=[1.5 if text == "Yes" else -1.5 for text in texts],
+            seen=[{"kept": kept, "geometry": {"grid": [1, 4, 4]}} if row else {} for row in range(count)],
+            costs=[cost] * count,
+            times=times,
+        )
 
 
 def pope_folder(folder: Path, images: int = 4) -> Path:
@@ -67,6 +77,10 @@ def original(folder: Path, **options: Any) -> Any:
     return benches.load("pope", embedded=False, data=folder, **options)
 
 
+def row_of(bench: Benchmark, records: list[dict]) -> summary.Row:
+    return summary.row(Run.of("x", records, IDENTITY, {}, bench.scorer, "none"))
+
+
 def run(bench: Any, folder: Path, ask: Any, batch_size: int = 5) -> list[dict]:
     with RunFolder(folder, IDENTITY) as out:
         runner.run_items(bench, bench.items, ask, out, batch_size)
@@ -81,12 +95,50 @@ def test_a_run_records_raw_text_prompt_and_cost(tmp_path: Path) -> None:
     assert [record["id"] for record in records] == [item.id for item in bench.items]
     assert told[0] == ("none", 0, 24) and told[-1] == ("none", 24, 24)
     assert records[0]["prompt"] == "Is there a dog in the image?\nAnswer the question using a single word or phrase."
-    score = bench.score(bench.items, [(record["id"], record["text"]) for record in records], ())
-    assert score["mean_accuracy"] == score["mean_f1"] == 1.0
-    assert bench.intervals(bench.items, [(record["id"], record["text"]) for record in records])["mean_accuracy"] == (
-        1.0,
-        1.0,
-    )
+    assert row_of(bench, records).score["values"]["mean_f1"] == 1.0
+
+
+def test_a_record_has_what_comparisons_and_pages_need(tmp_path: Path) -> None:
+    bench = original(pope_folder(tmp_path / "data"))
+    first, second, *_ = run(bench, tmp_path / "run", Fake())
+    assert list(first) == [
+        *("id", "image", "group", "question", "label", "prompt", "status", "text"),
+        *("truncated", "margin", "cost", "time"),
+    ]
+    assert "truncated" not in second and "gold" not in second
+    assert (first["truncated"], first["margin"], second["margin"]) == (True, 1.5, -1.5)
+    assert [kept_tokens(stage) for stage in second["kept"]] == [[0, 3]]
+    assert second["geometry"] == {"grid": [1, 4, 4]}
+    assert first["time"] == {"batch": 0, "questions": 5, "prefill_ms": 10.0, "decode_ms": 6.0, "new_tokens": 3}
+
+
+def test_only_yes_no_questions_have_a_margin_and_gold_is_kept(tmp_path: Path) -> None:
+    bench = benches.load("scenes", embedded=True, scenes_count=2, tasks=("random", "color", "pairs", "caption"))
+    found = run(bench, tmp_path / "run", Fake())
+    assert {record["group"] for record in found if "margin" in record} == {"random"}
+    golds = {item.id: dict(item.gold) for item in bench.items}
+    assert {record["id"]: record.get("gold", {}) for record in found} == golds
+    assert Run.of("x", found, IDENTITY, {}, bench.scorer, "none").items == tuple(bench.items)
+
+
+def test_captions_are_asked_last_and_nothing_else_moves() -> None:
+    bench = benches.load("scenes", embedded=True, scenes_count=3)
+    asked = runner.ordered(bench, bench.items)
+    others = [item for item in bench.items if item.group != "caption"]
+    assert asked[: len(others)] == others
+    assert {item.group for item in asked[len(others) :]} == {"caption"}
+
+
+@pytest.mark.parametrize(("kept", "count"), [([], 0), ([], 5), ([0, 7, 8, 15], 16), ([4], 5), (list(range(577)), 577)])
+def test_masks_of_tokens_are_read_back(kept: list[int], count: int) -> None:
+    import base64
+
+    import numpy as np
+
+    mask = pack_tokens(kept, count)
+    assert kept_tokens({"mask": mask}) == kept
+    flags = np.isin(np.arange(count), kept)
+    assert mask == base64.b64encode(np.packbits(flags, bitorder="little").tobytes()).decode()
 
 
 def test_an_interrupted_run_goes_on_with_the_same_batches(tmp_path: Path) -> None:
@@ -116,9 +168,9 @@ def test_broken_and_missing_images_fail_their_records_and_the_run_goes_on(tmp_pa
     assert "1.png: UnidentifiedImageError" in lost["random/1"]
     assert "2.png: FileNotFoundError" in lost["random/2"]
     assert sum(ask.calls) == 12
-    row = summary.row("none", "none", "x", bench, bench.items, records, summary.cost_of(records))
+    row = row_of(bench, records)
     assert row.score["failed"] == 12 and set(row.failed) == set(lost)
-    assert row.score["pooled"]["total"] == 12
+    assert sum(group["counts"]["total"] for group in row.score["groups"].values()) == 12
 
 
 def test_when_every_image_is_broken_there_is_a_table_all_the_same(tmp_path: Path) -> None:
@@ -127,9 +179,9 @@ def test_when_every_image_is_broken_there_is_a_table_all_the_same(tmp_path: Path
         path.write_text("broken")
     bench = original(data)
     records = run(bench, tmp_path / "run", Fake())
-    row = summary.row("none", "none", "x", bench, bench.items, records, summary.cost_of(records))
+    row = row_of(bench, records)
     assert len(row.failed) == 24 and row.cost == {"questions": 0}
-    assert summary.table(bench, [row]).row_count == 1
+    assert summary.tables("pope", [row])[0].row_count == 1
 
 
 def test_cost_is_a_median_over_full_batches(tmp_path: Path) -> None:
@@ -179,26 +231,7 @@ def test_rendered_benchmarks_have_items_images_and_a_hash() -> None:
     assert {item.group for item in found.items} == set(pope.CATEGORIES)
     assert found.open_image(found.items[0].image).mode == "RGB"
     assert len(found.sha256) == 64 and found.prompt == "bare"
-    assert {item.group for item in benches.load("scenes", embedded=True, scenes_count=3).items} <= set(scenes.TASKS)
-
-
-def test_exact_match_ignores_blanks_case_and_a_period() -> None:
-    items = [Item("loc/1", "a", "?", "north west", "loc"), Item("digits/2", "a", "?", "4 7", "digits")]
-    found = scenes.score(items, [("loc/1", "North west."), ("digits/2", "47 7")])
-    assert found["tasks"]["loc"]["accuracy"] == 1.0 and found["tasks"]["digits"]["accuracy"] == 0.0
-    assert found["mean_accuracy"] == 0.5
-    assert scenes.score(items, [("loc/1", "x")], failed={"digits/2"})["undefined"] == ["digits"]
-
-
-def test_specs_are_split_and_made_canonical() -> None:
-    found = runner.split_specs("none; fastv( keep = 0.25 ) ;; fastv(keep=0.25)")
-    assert found == {"none": "none", "fastv(keep=0.25)": "fastv( keep = 0.25 )"}
-    with pytest.raises(UnknownMethodError, match="fastv"):
-        runner.split_specs("none; fastvv")
-    with pytest.raises(SpecError):
-        runner.split_specs("fastv(")
-    with pytest.raises(DataError, match="names no method"):
-        runner.split_specs(" ; ")
+    assert {item.group for item in benches.load("scenes", embedded=True, scenes_count=9).items} == set(scenes.TASKS)
 
 
 def test_slugs_are_folder_names() -> None:
@@ -209,6 +242,7 @@ def test_slugs_are_folder_names() -> None:
 
 
 def test_reading_and_scoring_a_run_imports_no_torch() -> None:
-    parts = ("records", "items", "benchmarks.pope", "benchmarks.scenes", "stats", "summary", "bench")
+    parts = ("records", "items", "tally", "benchmarks.pope", "benchmarks.scenes", "stats", "summary", "bench")
+    parts += ("runs", "compare", "controls", "plots", "page", "views")
     code = "; ".join(f"import vlmattn.eval.{part}" for part in parts)
     subprocess.run([sys.executable, "-c", f"{code}; import sys; assert 'torch' not in sys.modules"], check=True)

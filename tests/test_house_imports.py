@@ -39,7 +39,7 @@ PLANTED = {
     "a patch that knows the session": ("patches/bad.py", "from vlmattn import session\n"),
     "evaluation through a private door": ("eval/bad.py", "from vlmattn.patches import engine\n"),
     "a picture that reads the session": ("viz/bad.py", "from vlmattn.session import Session\n"),
-    "a command that reads a kernel": ("cli.py", "import vlmattn.kernels\n"),
+    "a command that reads a kernel": ("cli/run.py", "import vlmattn.kernels\n"),
     "a word that knows a method": ("budget.py", "from .methods.base import Method\n"),
     "a part that no rule knows": ("misc.py", "import math\n"),
 }

@@ -1,4 +1,4 @@
-"""Ask a wrapped model: images and questions in, raw texts and their cost out."""
+"""Ask a wrapped model: images and questions in; raw texts, their cost, yes/no margins and kept tokens out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlmattn.errors import DataError, VlmattnError
 from vlmattn.eval.models import Loaded, out_of_memory
+from vlmattn.eval.records import pack_tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vlmattn import Report, Session
+    from vlmattn import Report, Session, VisionStore
+
+YES, NO = ("yes", "Yes", "YES"), ("no", "No", "NO")
 
 
 @dataclass(frozen=True)
@@ -25,31 +29,53 @@ class Answers:
 
     Attributes:
         texts: raw text per question, without special tokens.
+        truncated: per question, whether the answer was cut at `max_new_tokens` before an end token came.
+        margins: per question the logit of "yes" minus that of "no" at the first answer token; None where the tokenizer
+            has no token that tells them apart.
+        seen: per question what is recorded about its visual tokens: `kept` (a list of stages, see
+            `vlmattn.eval.records.kept_tokens`) and `geometry` (`grid`, `size`, `origin`, `cell`, in pixels of the
+            image); empty where nothing was pruned.
         costs: per question, deterministic: visual tokens and KV bytes.
-        times: of the whole batch, in milliseconds, and `new_tokens`, the steps of the longest answer.
+        times: of the whole batch, in milliseconds: `prefill_ms` (vision tower included, also where its features came
+            from a store), `vision_ms` (how much of that the store saved), `decode_ms`; and `new_tokens`, the steps of
+            the longest answer.
         inputs: what the processor made, for pictures.
         report: what the session did.
     """
 
     texts: list[str]
+    truncated: list[bool]
+    margins: list[float] | list[None]
+    seen: list[dict[str, Any]]
     costs: list[dict[str, Any]]
     times: dict[str, float]
     inputs: Mapping[str, Any]
     report: Report
 
 
-class Clock(LogitsProcessor):
-    """Notes when the first logits of a generation arrive, that is when the prefill (vision tower included) is over."""
+class FirstLogits(LogitsProcessor):
+    """Notes when the first logits of a generation arrive, that is when the prefill (vision tower included) is over, and
+    what they say about yes and no.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where the model is.
+        words: ids of the tokens that begin a yes, and of those that begin a no; None if nothing tells them apart.
+    """
+
+    def __init__(self, device: torch.device, words: Sequence[Tensor] | None) -> None:
         self.device = device
-        self.start = self._now()
+        self.words = words
+        self.margins: Tensor | None = None
         self.first: float | None = None
+        self.start = self._now()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Pass the scores (B, vocabulary) through."""
         if self.first is None:
             self.first = self._now()
+            if self.words is not None:
+                yes, no = (scores[:, ids].amax(dim=1).float() for ids in self.words)
+                self.margins = yes - no
         return scores
 
     def milliseconds(self, new_tokens: int) -> dict[str, float]:
@@ -71,12 +97,24 @@ class Asker:
         loaded: the model and its processor.
         session: the session installed on it.
         max_new_tokens: where an answer is cut.
+        store: vision features shared with other sessions; None to compute them anew.
+
+    Attributes:
+        peak_memory_bytes: the most a GPU held while answering, without what the store holds; None elsewhere.
     """
 
-    def __init__(self, loaded: Loaded, session: Session, max_new_tokens: int) -> None:
+    def __init__(self, loaded: Loaded, session: Session, max_new_tokens: int, store: VisionStore | None = None) -> None:
         self.loaded = loaded
         self.session = session
         self.max_new_tokens = max_new_tokens
+        self.store = store
+        self.peak_memory_bytes: int | None = None
+        session.share_vision(store)
+        ids = yes_no_tokens(loaded.processor.tokenizer)
+        device = torch.device(loaded.device)
+        self._words = None if ids is None else [torch.tensor(side, device=device) for side in ids]
+        ends = loaded.model.generation_config.eos_token_id
+        self._ends = torch.tensor([] if ends is None else ends).flatten()
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> Answers:
         """Answer prompts[i] about images[i].
@@ -85,9 +123,11 @@ class Asker:
             VlmattnError: the processor has no chat template, the device is full, or a method refuses the call.
         """
         inputs = encode(self.loaded, images, prompts)
-        clock = Clock(torch.device(self.loaded.device))
         tokenizer = self.loaded.processor.tokenizer
         extra = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
+        saved = self.store.saved_ms if self.store is not None else 0.0
+        held = self._begin()
+        clock = FirstLogits(torch.device(self.loaded.device), self._words)
         try:
             with torch.inference_mode():
                 tokens = self.loaded.model.generate(
@@ -100,16 +140,74 @@ class Asker:
                 )
         except torch.OutOfMemoryError as error:
             raise (out_of_memory(error) or error) from None
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        times = clock.milliseconds(new.shape[1])
+        times = clock.milliseconds(tokens.shape[1] - inputs["input_ids"].shape[1])
+        self._end(held)
+        times["vision_ms"] = self.store.saved_ms - saved if self.store is not None else 0.0
+        times["prefill_ms"] += times["vision_ms"]
+        new = tokens[:, inputs["input_ids"].shape[1] :].cpu()
         report = self.session.report()
         return Answers(
-            tokenizer.batch_decode(new, skip_special_tokens=True), _costs(report, len(prompts)), times, inputs, report
+            texts=tokenizer.batch_decode(new, skip_special_tokens=True),
+            truncated=self._truncated(new),
+            margins=[None] * len(prompts) if clock.margins is None else clock.margins.tolist(),
+            seen=self._seen(images, inputs, report),
+            costs=_costs(report, len(prompts)),
+            times=times,
+            inputs=inputs,
+            report=report,
         )
 
-    def warm_up(self, images: Sequence[Image], prompts: Sequence[str]) -> None:
-        """Answer once and forget it: the first call of a process pays for allocation and kernel choice."""
-        self(images, prompts)
+    def _begin(self) -> int:
+        """Start watching memory; returns how many bytes the store holds on the device."""
+        if not self.loaded.device.startswith("cuda"):
+            return 0
+        torch.cuda.reset_peak_memory_stats(self.loaded.device)
+        return self.store.stored_bytes if self.store is not None else 0
+
+    def _end(self, held: int) -> None:
+        if self.loaded.device.startswith("cuda"):
+            peak = torch.cuda.max_memory_allocated(self.loaded.device) - held
+            self.peak_memory_bytes = max(peak, self.peak_memory_bytes or 0)
+
+    def _truncated(self, new: Tensor) -> list[bool]:
+        if new.shape[1] < self.max_new_tokens:
+            return [False] * len(new)
+        return (~torch.isin(new, self._ends).any(dim=1)).tolist()
+
+    def _seen(self, images: Sequence[Image], inputs: Any, report: Report) -> list[dict[str, Any]]:
+        if not report.stages:
+            return [{} for _ in images]
+        found = []
+        for row, geometry in enumerate(self.session.geometry(images, inputs)):
+            kept = [
+                {
+                    "method": stage.method,
+                    "before_layer": stage.before_layer,
+                    "mask": pack_tokens(stage.kept[row][0], geometry.num_tokens),
+                }
+                for stage in report.stages
+            ]
+            shape = {name: list(getattr(geometry, name)) for name in ("grid", "size", "origin", "cell")}
+            found.append({"kept": kept, "geometry": shape})
+        return found
+
+
+def yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    """Ids of the tokens with which an answer can begin to say yes, and no.
+
+    The first tokens of yes, Yes, YES with and without a blank before, and the same for no. Ids on both sides (a lone
+    blank, say) and the unknown token are left out; None if a side is empty then.
+    """
+
+    def first(words: Sequence[str]) -> set[int]:
+        texts = [blank + word for word in words for blank in ("", " ")]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return {entry[0] for entry in ids if entry} - {tokenizer.unk_token_id}
+
+    yes, no = first(YES), first(NO)
+    if not yes - no or not no - yes:
+        return None
+    return sorted(yes - no), sorted(no - yes)
 
 
 def encode(loaded: Loaded, images: Sequence[Image], prompts: Sequence[str]) -> Any:

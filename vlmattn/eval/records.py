@@ -7,9 +7,10 @@ and atomic replacement of the two JSON files. Imports only the standard library 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,20 +26,25 @@ except ImportError:  # Windows has no flock; there two writers are not kept apar
 RUN, RECORDS, COST = "run.json", "records.jsonl", "cost.json"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a half (temporary file, fsync, rename)."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_text(path: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the new one, never a half (temporary file, fsync, rename)."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # readable as the umask says
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_records(folder: str | Path) -> list[dict[str, Any]]:
@@ -290,3 +296,24 @@ def texts(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def failed(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """id -> error of the records that failed."""
     return {record["id"]: record.get("error", "") for record in records if record.get("status") == "failed"}
+
+
+def pack_tokens(kept: Iterable[int], count: int) -> str:
+    """Which of an image's `count` visual tokens stayed, as base64 of one bit a token, the lowest bit of a byte first.
+
+    `numpy.unpackbits(numpy.frombuffer(base64.b64decode(mask), numpy.uint8), bitorder="little")` reads it too.
+    """
+    bits = bytearray((count + 7) // 8)
+    for token in kept:
+        bits[token >> 3] |= 1 << (token & 7)
+    return base64.b64encode(bits).decode("ascii")
+
+
+def kept_tokens(stage: Mapping[str, Any]) -> list[int]:
+    """Visual tokens (indices within the image, raster order) that a pruning stage of a record kept.
+
+    Args:
+        stage: an entry of a record's `kept`: `method`, `before_layer` and `mask`.
+    """
+    bits = base64.b64decode(stage["mask"])
+    return [8 * byte + bit for byte, value in enumerate(bits) for bit in range(8) if value >> bit & 1]

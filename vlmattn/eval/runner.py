@@ -6,11 +6,14 @@ resumed run says what an uninterrupted one says (in low precision, padding partn
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,18 +21,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmattn.errors import DataError
+from vlmattn.eval import records as run_records
 from vlmattn.eval import summary
 from vlmattn.eval.benchmarks import pope
 from vlmattn.eval.items import Benchmark, Item
+from vlmattn.eval.lineup import Entry
 from vlmattn.eval.records import RunFolder
+from vlmattn.eval.runs import Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from vlmattn import VisionStore
     from vlmattn.eval.answer import Answers
     from vlmattn.eval.models import Loaded
 
 Progress = Callable[[str, int, int], None]
+VALIDATION = "validation"
+YES_NO = "yes_no"
+"""The kind of questions whose margins are recorded."""
 
 
 class AsksModel(Protocol):
@@ -51,6 +61,9 @@ class Settings:
         seed: of the bootstrap, and of torch before every run.
         retry_failed: ask failed records of a former run again.
         command: what the user typed, for the record.
+        threshold: add the threshold control: the baseline also answers yes/no questions of the validation split, on
+            which a constant bias is tuned.
+        share_vision: compute vision features once for all specs that allow it.
     """
 
     limit: int | None = None
@@ -59,12 +72,35 @@ class Settings:
     seed: int = 0
     retry_failed: bool = False
     command: str = ""
+    threshold: bool = False
+    share_vision: bool = True
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"--{name.replace('_', '-')} {value} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is to be answered.
+
+    Attributes:
+        name: unique in a sweep; what progress calls it.
+        spec: canonical spec text.
+        label: what tables call it.
+        bench: what is asked.
+        items: which of it, in order.
+        folder: the run folder.
+    """
+
+    name: str
+    spec: str
+    label: str
+    bench: Benchmark
+    items: Sequence[Item]
+    folder: Path
 
 
 def slug(spec: str) -> str:
@@ -75,22 +111,6 @@ def slug(spec: str) -> str:
     return name
 
 
-def split_specs(text: str) -> dict[str, str]:
-    """The specs in "a; b; c" in order, each once: canonical text -> what was typed.
-
-    Raises:
-        SpecError: a spec cannot be read. DataError: there is none.
-    """
-    from vlmattn import spec
-
-    found: dict[str, str] = {}
-    for part in filter(None, map(str.strip, text.split(";"))):
-        found.setdefault(spec.text(spec.parse(part)), part)
-    if not found:
-        raise DataError(f'--methods {text!r} names no method; for instance --methods "none; fastv(keep=0.5)"')
-    return found
-
-
 def run_items(
     bench: Benchmark,
     items: Sequence[Item],
@@ -98,9 +118,20 @@ def run_items(
     folder: RunFolder,
     batch_size: int,
     progress: Progress | None = None,
+    name: str | None = None,
 ) -> None:
-    """Answer the items that the folder does not have yet; questions about a broken image become failed records."""
-    spec = str(folder.identity.get("spec", ""))
+    """Answer the items that the folder does not have yet; questions about a broken image become failed records.
+
+    Args:
+        bench: what is asked.
+        items: which of it, in the order that makes the batches.
+        ask: what answers a batch.
+        folder: where the records go.
+        batch_size: questions asked at once.
+        progress: called with (name, records done, records in all).
+        name: what progress calls the run; its spec if None.
+    """
+    spec = name or str(folder.identity.get("spec", ""))
     done = sum(item.id in folder.ids for item in items)
     if progress:
         progress(spec, done, len(items))
@@ -119,55 +150,122 @@ def run_items(
 def sweep(
     loaded: Loaded,
     bench: Benchmark,
-    specs: Mapping[str, str],
+    specs: Mapping[str, str] | Sequence[Entry],
     out: str | Path,
     settings: Settings,
     progress: Progress | None = None,
 ) -> list[summary.Row]:
-    """Run every spec into OUT/<slug> and write OUT/summary.json.
+    """Run every spec into OUT/<slug>, then write the tables, the plot and the page of the sweep into OUT.
+
+    The specs share the loaded model and, where a method does not look inside the vision tower, the features of equal
+    batches of images (bit-identical; times are as if nothing were shared). The first spec is the baseline.
 
     Args:
         loaded: model and processor.
         bench: what is asked.
-        specs: canonical spec text -> how the tables call it.
+        specs: canonical spec text -> how the tables call it; or the rows with their roles, the baseline first.
         out: the folder of the sweep.
         settings: how.
-        progress: called with (spec, records done, records in all).
+        progress: called with (spec, records done, records in all); before the first question once for every run.
 
     Returns:
-        One row per spec, scored, with intervals and cost.
+        One row per spec, scored, with intervals and cost, and against the baseline; then the threshold control, if it
+        was asked for and there are yes/no questions.
 
     Raises:
         VlmattnError: a spec does not fit the model (asked for all specs before the first run), or a folder holds
         another run.
     """
-    import torch
+    from vlmattn.eval import controls, views
+
+    entries = _entries(specs)
+    baseline, *_ = entries
+    out = Path(out)
+    check_specs(loaded, [entry.spec for entry in entries if entry.spec])
+    items = ordered(bench, bench.take(settings.limit))
+    jobs = {
+        entry.spec: Job(entry.spec, entry.spec, entry.label, bench, items, out / slug(entry.spec))
+        for entry in entries
+        if entry.spec
+    }
+    tuned = settings.threshold and YES_NO in _kinds(bench, items).values()
+    if tuned and bench.validation is not None:
+        jobs[VALIDATION] = _validation(bench.validation(), baseline, out, settings)
+    runs = answer_all(loaded, list(jobs.values()), settings, progress)
+    base = runs[baseline.spec]
+    rows = []
+    for entry in entries:
+        if entry.below is not None:
+            rows.append(summary.below_floor(entry.below, entry.label))
+        else:
+            other = None if entry is baseline else base
+            rows.append(summary.row(runs[entry.spec], other, role=entry.role, seed=settings.seed))
+    shown = [runs[entry.spec] for entry in entries if entry.spec]
+    if tuned:
+        try:
+            if VALIDATION not in runs:
+                raise DataError(f"{bench.source} has no validation split")
+            control = controls.threshold(base, runs[VALIDATION]).run
+        except DataError as error:  # told below the table, which stands without it
+            note = "; ".join(filter(None, (rows[0].note, f"no threshold control: {error}")))
+            rows[0] = dataclasses.replace(rows[0], note=note)
+        else:
+            rows.append(summary.row(control, base, role="control", seed=settings.seed))
+            shown.append(control)
+    about = {"model": loaded.name, "settings": identity(loaded, bench, "", settings), **versions()}
+    summary.write(out, bench, rows, about)
+    views.write_sweep(out, bench, rows, shown, about)
+    return rows
+
+
+def ordered(bench: Benchmark, items: Sequence[Item]) -> list[Item]:
+    """Items in the order in which they are asked: captions last, so that short answers never wait for a long one."""
+    kinds = _kinds(bench, items)
+    return sorted(items, key=lambda item: kinds[item.group] == "caption")
+
+
+def answer_all(
+    loaded: Loaded, jobs: Sequence[Job], settings: Settings, progress: Progress | None = None
+) -> dict[str, Run]:
+    """Answer what the run folders of some jobs do not have yet.
+
+    Returns:
+        Name of the job -> its run, complete.
+
+    Raises:
+        VlmattnError: a spec does not fit the model, or a folder holds another run.
+    """
+    from vlmattn import VisionStore
+
+    if progress:
+        for job in jobs:
+            progress(job.name, _done(job), len(job.items))
+    shares = settings.share_vision and len(jobs) > 1
+    store = VisionStore() if shares else None
+    with _one_thread() if loaded.embedded and loaded.device == "cpu" else nullcontext():
+        return {job.name: _answer(loaded, job, settings, store, progress) for job in jobs}
+
+
+def visual_tokens(loaded: Loaded, bench: Benchmark) -> int:
+    """Visual tokens of an image of the benchmark in this model without methods: the median of the first eight.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    import statistics
 
     from vlmattn import wrap
     from vlmattn.eval.answer import Asker
 
-    check_specs(loaded, specs)
-    items = bench.take(settings.limit)
-    rows = []
-    for spec, label in specs.items():
-        torch.manual_seed(settings.seed)
-        path = Path(out) / slug(spec)
-        with RunFolder(path, identity(loaded, bench, spec, settings), info(loaded, bench, settings)) as folder:
-            if settings.retry_failed:
-                folder.forget_failed()
-            with wrap(loaded.model, spec, processor=loaded.processor) as session:
-                ask = Asker(loaded, session, settings.max_new_tokens)
-                _warm_up(bench, items, ask, folder, settings.batch_size)
-                _reset_peak(loaded.device)
-                run_items(bench, items, ask, folder, settings.batch_size, progress)
-            cost = summary.cost_of(folder.records)
-            cost["peak_memory_bytes"] = _peak(loaded.device)
-            folder.write_cost(cost)
-            rows.append(summary.row(label, spec, str(path), bench, items, folder.records, cost, settings.seed))
-    summary.write(
-        Path(out), bench, rows, {"model": loaded.name, "settings": identity(loaded, bench, "", settings), **versions()}
-    )
-    return rows
+    names = list(dict.fromkeys(item.image for item in bench.items))[:8]
+    images = [image for image in (_open(bench, name) for name in names) if not isinstance(image, str)]
+    if not images:
+        raise DataError(f"none of the first images can be read: {_open(bench, names[0])}")
+    with wrap(loaded.model, "none", processor=loaded.processor) as session:
+        ask = Asker(loaded, session, max_new_tokens=1)
+        return statistics.median_low(
+            ask([image], [bench.items[0].question]).report.visual_tokens[0] for image in images
+        )
 
 
 def check_specs(loaded: Loaded, specs: Iterable[str]) -> None:
@@ -210,8 +308,9 @@ def info(loaded: Loaded, bench: Benchmark, settings: Settings) -> dict[str, Any]
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": settings.command,
         "seeds": {"torch": settings.seed, "bootstrap": settings.seed},
-        "data": {"source": bench.source, "files": bench.files},
-        "profile": bench.profile,
+        "data": {"source": bench.source, "files": dict(bench.files)},
+        "pictures": dict(bench.pictures),
+        "profile": bench.scorer.profile,
         "model_class": type(loaded.model).__name__,
         "image_size": {
             name: _plain(getattr(images, name)) for name in names if getattr(images, name, None) is not None
@@ -233,6 +332,61 @@ def versions() -> dict[str, Any]:
     return {"versions": found, "platform": f"{platform.system()} {platform.machine()}"}
 
 
+def _entries(specs: Mapping[str, str] | Sequence[Entry]) -> list[Entry]:
+    if isinstance(specs, Mapping):
+        roles = ("baseline", *("method" for _ in range(len(specs) - 1)))
+        return [Entry(label, spec, role) for (spec, label), role in zip(specs.items(), roles)]  # type: ignore[arg-type]
+    return list(specs)
+
+
+def _validation(bench: Benchmark, baseline: Entry, out: Path, settings: Settings) -> Job:
+    """The run on which the threshold control is tuned: the yes/no questions of the validation split."""
+    kinds = _kinds(bench, bench.items)
+    items = [item for item in bench.take(settings.limit) if kinds[item.group] == YES_NO]
+    folder = out / VALIDATION / slug(baseline.spec)
+    return Job(VALIDATION, baseline.spec, f"{baseline.label} on the validation split", bench, items, folder)
+
+
+def _kinds(bench: Benchmark, items: Iterable[Item]) -> dict[str, str]:
+    """Group -> name of its kind."""
+    return {group: bench.scorer.kind(group).name for group in dict.fromkeys(item.group for item in items)}
+
+
+def _done(job: Job) -> int:
+    """How many records the job's folder has; mistakes in it are told when it is opened for writing."""
+    try:
+        return len(run_records.read_records(job.folder))
+    except DataError:
+        return 0
+
+
+def _answer(loaded: Loaded, job: Job, settings: Settings, store: VisionStore | None, progress: Progress | None) -> Run:
+    import torch
+
+    from vlmattn import wrap
+    from vlmattn.eval.answer import Asker
+
+    torch.manual_seed(settings.seed)
+    what, about = identity(loaded, job.bench, job.spec, settings), info(loaded, job.bench, settings)
+    with RunFolder(job.folder, what, about | {"questions": len(job.items)}) as folder:
+        if settings.retry_failed:
+            folder.forget_failed()
+        peak = _peak_before(folder)
+        if any(item.id not in folder.ids for item in job.items):
+            with wrap(loaded.model, job.spec, processor=loaded.processor) as session:
+                # Nothing of the warm-up goes into the store: its features took longer than later ones.
+                _warm_up(job, Asker(loaded, session, settings.max_new_tokens), settings.batch_size)
+                ask = Asker(loaded, session, settings.max_new_tokens, store)
+                run_items(job.bench, job.items, ask, folder, settings.batch_size, progress, job.name)
+            peak = max((number for number in (peak, ask.peak_memory_bytes) if number is not None), default=None)
+        elif progress:
+            progress(job.name, len(job.items), len(job.items))
+        about = run_records.read_run(job.folder)["info"]
+        run = Run(str(job.folder), job.label, folder.identity, about, folder.records, job.bench.scorer, peak)
+        folder.write_cost({"peak_memory_bytes": peak, **run.cost})
+    return run
+
+
 def _ask_batch(bench: Benchmark, batch: Sequence[Item], ask: AsksModel, number: int) -> list[dict[str, Any]]:
     images: dict[str, Image | str] = {}
     for item in batch:
@@ -240,21 +394,23 @@ def _ask_batch(bench: Benchmark, batch: Sequence[Item], ask: AsksModel, number: 
             images[item.image] = _open(bench, item.image)
     good = [item for item in batch if not isinstance(images[item.image], str)]
     prompts = [pope.prompt(item.question, bench.prompt) for item in good]
+    kinds = _kinds(bench, good)
     told: dict[str, dict[str, Any]] = {}
     if good:
         answers = ask([images[item.image] for item in good], prompts)  # type: ignore[misc]
         times = {"batch": number, "questions": len(good), **answers.times}
-        for item, prompt, text, cost in zip(good, prompts, answers.texts, answers.costs, strict=True):
-            told[item.id] = {"prompt": prompt, "status": "ok", "text": text, "cost": cost, "time": times}
+        for row, item in enumerate(good):
+            said: dict[str, Any] = {"prompt": prompts[row], "status": "ok", "text": answers.texts[row]}
+            if answers.truncated[row]:
+                said["truncated"] = True
+            if kinds[item.group] == YES_NO and answers.margins[row] is not None:
+                said["margin"] = answers.margins[row]
+            told[item.id] = said | answers.seen[row] | {"cost": answers.costs[row], "time": times}
     records = []
     for item in batch:
-        start = {
-            "id": item.id,
-            "image": item.image,
-            "group": item.group,
-            "question": item.question,
-            "label": item.label,
-        }
+        start: dict[str, Any] = {name: getattr(item, name) for name in ("id", "image", "group", "question", "label")}
+        if item.gold:
+            start["gold"] = dict(item.gold)
         records.append(start | told.get(item.id, {"status": "failed", "error": str(images[item.image])}))
     return records
 
@@ -267,27 +423,33 @@ def _open(bench: Benchmark, name: str) -> Image | str:
         return f"{name}: {type(error).__name__}: {error}"
 
 
-def _warm_up(bench: Benchmark, items: Sequence[Item], ask: AsksModel, folder: RunFolder, batch_size: int) -> None:
-    """Pay for the first call of a shape before anything is timed; skipped when nothing is left to do."""
-    if all(item.id in folder.ids for item in items):
-        return
-    opened = [(_open(bench, item.image), item) for item in items[:batch_size]]
-    good = [(image, pope.prompt(item.question, bench.prompt)) for image, item in opened if not isinstance(image, str)]
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One CPU thread for a small model: two gain little, and stall many times over when something else wants a core."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _warm_up(job: Job, ask: AsksModel, batch_size: int) -> None:
+    """Pay for the first call of a shape before anything is timed."""
+    opened = [(_open(job.bench, item.image), item) for item in job.items[:batch_size]]
+    good = [(image, item.question) for image, item in opened if not isinstance(image, str)]
     if good:
-        ask([image for image, _ in good], [prompt for _, prompt in good])
+        ask([image for image, _ in good], [pope.prompt(question, job.bench.prompt) for _, question in good])
 
 
-def _reset_peak(device: str) -> None:
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device: str) -> int | None:
-    import torch
-
-    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+def _peak_before(folder: RunFolder) -> int | None:
+    """Peak memory of the former part of a run."""
+    try:
+        return json.loads((folder.path / run_records.COST).read_text(encoding="utf-8")).get("peak_memory_bytes")
+    except (OSError, ValueError):
+        return None
 
 
 def _plain(value: Any) -> Any:
