@@ -13,6 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 
@@ -37,3 +40,37 @@ def _deterministic() -> None:
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
         torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `family` runs once per tiny model, unless it names the families itself."""
+    named = any("family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and not named:
+        import tiny
+
+        metafunc.parametrize("family", sorted(tiny.MODELS))
+
+
+@pytest.fixture
+def model(family: str) -> Any:
+    """A fresh tiny model of the family."""
+    import tiny
+
+    return tiny.MODELS[family]()
+
+
+@pytest.fixture
+def batch(family: str) -> dict[str, Any]:
+    """A padded batch of prompts with images for the family's tiny model."""
+    import tiny
+
+    return tiny.prompts(family)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """No gradients in the whole test."""
+    import torch
+
+    with torch.no_grad():
+        yield

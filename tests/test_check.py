@@ -27,16 +27,6 @@ ALL = f"random(keep=0.7, before_layer=0) + fastv(keep=0.5, before_layer=2) + {VA
 CLAIMS = ["no-op", "removal = masking", "oracle generation", "backends", "undo"]
 
 
-@pytest.fixture(params=sorted(tiny.MODELS))
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def model(family) -> Any:
-    return tiny.MODELS[family]()
-
-
 @pytest.fixture
 def inputs(family) -> dict[str, torch.Tensor]:
     return tiny.single(tiny.prompts(family), 1)

@@ -243,3 +243,10 @@ def test_eval_names_broken_images_goes_on_and_exits_1(tmp_path: Path) -> None:
     broken.write_bytes(good)
     assert vlmattn(*arguments, "--retry-failed").exit_code == 0
     assert all(record["status"] == "ok" for record in records.read_records(tmp_path / "out" / "none"))
+
+
+def test_our_warnings_are_a_note_without_a_place_in_the_source() -> None:
+    done = vlmattn("run", "scene:1", "--methods", "var")
+    assert done.exit_code == 0, done.output
+    assert "note: var does nothing on 'scenes-llava'" in plain(done.stderr)
+    assert "VlmattnWarning" not in done.stderr and ".py:" not in done.stderr

@@ -27,25 +27,7 @@ BOTH_ENDS = "random(keep=0.7, before_layer=0) + fastv(keep=0.5, before_layer=2)"
 specs = pytest.mark.parametrize("text", [*PRUNE, BOTH_ENDS])
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def model(family) -> Any:
-    return tiny.MODELS[family]()
-
-
-@pytest.fixture
-def batch(family) -> dict[str, torch.Tensor]:
-    return tiny.prompts(family)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def tokens(model: Any, batch: dict[str, torch.Tensor], steps: int = 8, **options: Any) -> torch.Tensor:

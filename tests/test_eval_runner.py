@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from folders import COST
 from PIL import Image
 
 from vlmattn.errors import DataError
@@ -35,15 +36,6 @@ class Fake:
         if len(self.calls) == self.stop_after:
             raise KeyboardInterrupt
         self.calls.append(len(prompts))
-        cost = {
-            "prompt_tokens": 20,
-            "visual_tokens": 16,
-            "visual_per_layer": [16, 16, 4, 4],
-            "kv_bytes": 50.0,
-            "kv_bytes_full": 100.0,
-            "prefill_macs": 30.0,
-            "prefill_macs_full": 60.0,
-        }
         times = {"prefill_ms": 10.0 * len(self.calls), "decode_ms": 6.0, "new_tokens": 3}
         texts = ["Yes" if image.width % 2 == 0 else "No" for image in images]
         count = len(texts)
@@ -53,7 +45,7 @@ class Fake:
             truncated=[row == 0 for row in range(count)],
             margins=[1.5 if text == "Yes" else -1.5 for text in texts],
             seen=[{"kept": kept, "geometry": {"grid": [1, 4, 4]}} if row else {} for row in range(count)],
-            costs=[cost] * count,
+            costs=[COST] * count,
             times=times,
         )
 

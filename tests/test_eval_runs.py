@@ -110,3 +110,22 @@ def test_a_path_without_runs_is_said(tmp_path: Path) -> None:
         runs.find(tmp_path / "nowhere")
     with pytest.raises(DataError, match="it is not a run, and not a sweep"):
         runs.find(tmp_path)
+
+
+def test_captions_are_scored_again_with_the_word_table_of_the_run(tmp_path: Path) -> None:
+    table = tmp_path / "words.json"
+    table.write_text(json.dumps({"classes": {"red circle": ["ball"]}}))
+    items = tuple(
+        Item(f"caption/{n}", f"{n}.png", "Describe the image.", "", "caption", {"objects": ["red circle"]})
+        for n in range(2)
+    )
+    folder = folders.write(tmp_path / "run", lambda item: "a ball", items=items)
+    assert Run.load(folder).tally.values()["caption.recall"] == 0, "the benchmark's own table has no ball"
+    described = json.loads((folder / "run.json").read_text())
+    described["info"]["words"] = bench.scorer("scenes", words=table).words
+    (folder / "run.json").write_text(json.dumps(described))
+    run = Run.load(folder)
+    assert run.tally.values()["caption.recall"] == 1 and run.scorer.words == str(table)
+    table.unlink()
+    with pytest.raises(DataError, match=r"words\.json: cannot be read"):
+        Run.load(folder)

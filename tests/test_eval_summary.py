@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import COST
 from rich.console import Console
 from rows import TITLES, metric, row, sweep
 
@@ -35,15 +36,6 @@ EXACT = Kind(
     verdict=lambda item, said: said.text,
 )
 SCORER = Scorer("toy", "plain", lambda group: EXACT, (Aggregate("mean_accuracy", "accuracy", "exact", "accuracy"),))
-COST = {
-    "prompt_tokens": 20,
-    "visual_tokens": 16,
-    "visual_per_layer": [16, 16, 4, 4],
-    "kv_bytes": 50.0,
-    "kv_bytes_full": 100.0,
-    "prefill_macs": 30.0,
-    "prefill_macs_full": 60.0,
-}
 
 
 def run(wrong: int, label: str = "none", failed: int = 0, questions: int = 120) -> Run:
@@ -81,7 +73,7 @@ def test_a_row_has_score_interval_cost_and_the_difference_to_the_baseline() -> N
     low, high = second.intervals["mean_accuracy"] or (0, 0)
     assert low < 0.5 < high
     pair = second.versus["mean_accuracy"]
-    assert pair.difference == pytest.approx(-0.45) and summary.significant(pair)
+    assert pair.difference == pytest.approx(-0.45) and pair.significant()
     assert second.spec == second.label == "fastv(keep=0.25)" and second.folder == "runs/fastv(keep=0.25)"
     assert second.score["unparsed"] == 60 and second.note == "" and second.invalid == ""
     assert summary.row(other, base, label="mine").label == "mine"
@@ -92,7 +84,7 @@ def test_equal_runs_differ_in_nothing() -> None:
     base = run(6)
     same = summary.row(run(6, "var"), base)
     assert {pair.difference for pair in same.versus.values()} == {0.0}
-    assert not any(map(summary.significant, same.versus.values()))
+    assert not any(pair.significant() for pair in same.versus.values())
     assert "±0.0" in summary.cell(same, same.metrics[0]) and "*" not in summary.cell(same, same.metrics[0])
 
 

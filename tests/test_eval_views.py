@@ -260,7 +260,7 @@ def test_the_page_of_a_comparison_has_its_tests() -> None:
     assert [row.cells[0].text for row in table.rows] == [entry.title for entry in tested]
     for row, entry in zip(table.rows, tested, strict=True):
         assert row.cells[3].value == entry.difference and row.cells[4].value == entry.p
-        assert (row.cells[3].tone == "bad") == summary.significant(entry) == row.cells[3].text.endswith("*")
+        assert (row.cells[3].tone == "bad") == entry.significant() == row.cells[3].text.endswith("*")
     assert any(row.cells[3].tone for row in table.rows)
     assert shown.lead[1].startswith("fastv(keep=0.1):") and "worse than none" in shown.lead[1]
     assert not any(part.title == "Accuracy" for part in shown.sections)

@@ -33,16 +33,6 @@ EVERYTHING = (
 )
 
 
-@pytest.fixture(params=sorted(tiny.MODELS))
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def model(family) -> Any:
-    return tiny.MODELS[family]()
-
-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs",
          "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_state_dict_hooks")  # fmt: skip
 

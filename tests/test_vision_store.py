@@ -34,25 +34,7 @@ SPECS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def model(family) -> Any:
-    return tiny.MODELS[family]()
-
-
-@pytest.fixture
-def batch(family) -> dict[str, torch.Tensor]:
-    return tiny.prompts(family)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 class Calls:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from vlmattn.errors import DataError, VlmattnError
+from vlmattn.errors import DataError, VlmattnError, VlmattnWarning
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,11 +29,13 @@ _LABEL = 26
 
 
 class Group(TyperGroup):
-    """Says our own errors in one red line, without a traceback."""
+    """Says our own errors and warnings in one line, without a traceback or a place in the source."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _tell(warnings.showwarning)
+                return super().invoke(ctx)
         except VlmattnError as error:
             console(stderr=True).print(
                 f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True
@@ -43,6 +46,18 @@ class Group(TyperGroup):
                 "[yellow]stopped[/]; what was answered is saved: the same command goes on from here"
             )
             raise typer.Exit(INTERRUPTED) from None
+
+
+def _tell(others: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: our own as a line, those of others as before."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, VlmattnWarning):
+            console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+        else:
+            others(message, category, *place, **more)
+
+    return show
 
 
 app = typer.Typer(

@@ -37,7 +37,7 @@ def compare(
         str | None, typer.Option(help="Read all answers by this profile. Default: as when they were run.")
     ] = None,
     words: Annotated[
-        Path | None, typer.Option(help="Word table (JSON) that captions are scored with. Default: the benchmark's own.")
+        Path | None, typer.Option(help="Word table (JSON) captions are scored with. Default: as when they were run.")
     ] = None,
     metrics: Annotated[
         Literal["headline", "all"], typer.Option(help="Which metrics the terminal shows; --json and --html have all.")

@@ -153,8 +153,9 @@ def differences(first: Run, second: Run, names: Sequence[str] = SAME) -> dict[st
             if isinstance(side[name], Mapping):
                 side.update({f"{name}.{key}": value for key, value in side.pop(name).items()})
         found |= {key: (one.get(key), two.get(key)) for key in [*one, *two] if one.get(key) != two.get(key)}
-    if names is SAME and first.scorer.profile != second.scorer.profile:
-        found["profile"] = (first.scorer.profile, second.scorer.profile)
+    for name in ("profile", "words") if names is SAME else ():
+        if (one := getattr(first.scorer, name)) != (two := getattr(second.scorer, name)):
+            found[name] = (one, two)
     return found
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 REPEATED, LENGTH = "repeated_4", "length"
 REPEATED_TIMES = 3.0
 """How many times the baseline's share of repeated 4-grams marks a collapse."""
-REPEATED_FLOOR = 0.01
+REPEATED_FLOOR = 0.02
 """A share of repeated 4-grams up to this is never a collapse, whatever the baseline has; our choice."""
 LENGTH_SHARE = 0.25
 """How far the mean length of captions may move either way, as a share of the baseline's."""
@@ -152,7 +152,7 @@ def best_bias(margins: ArrayLike, gold: ArrayLike, groups: Sequence[str]) -> flo
 def collapse(base: Tally, other: Tally) -> str:
     """Why the captions of a run cannot be compared with the baseline's; "" if they can.
 
-    A caption group has collapsed if its share of repeated 4-grams is over three times the baseline's and over 1 %, or
+    A caption group has collapsed if its share of repeated 4-grams is over three times the baseline's and over 2 %, or
     if the mean length of its captions moved by more than a quarter.
     """
     before, after = base.values(), other.values()

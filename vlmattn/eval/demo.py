@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +70,7 @@ def measure(
     """
     bench = benches.load("scenes", embedded=True, scenes_count=images, tasks=(*pope.CATEGORIES, *PLACES))
     settings = runner.Settings(batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS, command="vlmattn demo")
-    with _one_thread(), tempfile.TemporaryDirectory(prefix="vlmattn-demo-") as out:
+    with tempfile.TemporaryDirectory(prefix="vlmattn-demo-") as out:
         jobs = [
             runner.Job(label, spec, label, bench, bench.items, Path(out) / runner.slug(spec))
             for spec, label in grid.expand("; ".join(specs)).items()
@@ -228,16 +227,3 @@ def _commands(name: str, images: int) -> list[tuple[str, str]]:
             f'val2014/ --methods "{methods}" --out runs/mine',
         ),
     ]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One CPU thread: two that wait for each other stall many times over when something else wants a core."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

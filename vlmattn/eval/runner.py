@@ -311,6 +311,7 @@ def info(loaded: Loaded, bench: Benchmark, settings: Settings) -> dict[str, Any]
         "data": {"source": bench.source, "files": dict(bench.files)},
         "pictures": dict(bench.pictures),
         "profile": bench.scorer.profile,
+        "words": bench.scorer.words,
         "model_class": type(loaded.model).__name__,
         "image_size": {
             name: _plain(getattr(images, name)) for name in names if getattr(images, name, None) is not None

@@ -53,7 +53,7 @@ class Run:
         Args:
             folder: the folder of one method, with `run.json` and `records.jsonl`.
             profile: how answers are read; default: as when it was run.
-            words: path of a word table for captions; default: the benchmark's own.
+            words: path of a word table for captions; default: as when it was run.
             label: what tables call it; default: its spec.
             partial: take a run that was stopped before its last question.
 
@@ -75,7 +75,8 @@ class Run:
             raise DataError(
                 f"{path} {lack}; start its `vlmattn eval` command again, or use --force to take what is there"
             )
-        scorer = bench.scorer(identity.get("bench", ""), profile or info.get("profile", "official"), words)
+        profile, words = profile or info.get("profile", "official"), words or info.get("words") or None
+        scorer = bench.scorer(identity.get("bench", ""), profile, words)
         run = cls(
             folder=str(path),
             label=label or str(identity.get("spec", path.name)),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlmattn.errors import DataError
 from vlmattn.eval import records as run_records
 from vlmattn.eval.items import Benchmark
+from vlmattn.eval.stats import LEVEL
 from vlmattn.eval.tally import Metric, Tally
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 Role = Literal["baseline", "method", "control", "below floor"]
 Column = tuple[str, Sequence[str]]
-ALPHA = 0.05
 _DESCRIBED = ("key", "title", "group", "headline", "better", "percent")
 """What a metric and its paired test have in common; summary.json says it once."""
 SUMMARY, CSV, LATEX, PLOT = "summary.json", "table.csv", "table.tex", "accuracy.svg"
@@ -287,9 +287,9 @@ def notes(rows: Sequence[Row], differences: bool = True) -> list[str]:
         found.append("Small print: 95 % intervals, from resampling images.")
     if differences and any(entry.versus for entry in rows):
         found.append(f"With a sign: the difference to {base}.")
-    if any(significant(pair) for entry in rows for pair in entry.versus.values()):
+    if any(pair.significant() for entry in rows for pair in entry.versus.values()):
         found.append(
-            f"* differs from {base}: p < {ALPHA:g} in a paired test, after Holm's correction over the tests of the row."
+            f"* differs from {base}: p < {LEVEL:g} in a paired test, after Holm's correction over the tests of the row."
         )
     found += [f"† {entry.label}: not comparable, {entry.invalid}." for entry in rows if entry.invalid]
     found += [
@@ -433,15 +433,10 @@ def cell(entry: Row, metric: Metric) -> str:
 
 
 def difference_text(pair: Paired, percent: bool = True) -> str:
-    """ "−1.2*": with the mark of a difference that is more than chance (`significant`)."""
+    """ "−1.2*": with the mark of a difference that is more than chance (`Paired.significant`)."""
     text = number_text(abs(pair.difference), percent)
     sign = "±" if float(text) == 0 else "−" if pair.difference < 0 else "+"
-    return f"{sign}{text}" + ("*" if significant(pair) else "")
-
-
-def significant(pair: Paired) -> bool:
-    """Whether p is below 0.05 after Holm's correction; what is not in that family of tests is never called so."""
-    return pair.p_holm is not None and pair.p_holm < ALPHA
+    return f"{sign}{text}" + ("*" if pair.significant() else "")
 
 
 def number_text(value: float, percent: bool = True) -> str:
@@ -560,7 +555,7 @@ def _latex_cell(entry: Row, metric: Metric, best: str | None) -> str:
     text, pair = number_text(value, metric.percent), entry.versus.get(metric.key)
     if text == best and entry.role in ("method", "control") and not entry.invalid:
         text = rf"\textbf{{{text}}}"
-    if pair is not None and significant(pair):
+    if pair is not None and pair.significant():
         text += r"$^{*}$"
     interval = entry.intervals.get(metric.key)
     if interval is None:

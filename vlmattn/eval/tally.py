@@ -174,6 +174,7 @@ class Scorer:
         aggregates: numbers over groups; those whose kind does not occur are left out.
         headlines: keys of the metrics a narrow table shows; empty: all aggregates, and the first formula of groups that
             no aggregate covers.
+        words: path of the word table that captions are read with; "" for the benchmark's own.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Scorer:
     kind: Callable[[str], Kind]
     aggregates: tuple[Aggregate, ...] = ()
     headlines: tuple[str, ...] = ()
+    words: str = ""
 
     def tally(self, items: Sequence[Item], said: Iterable[Said], failed: Collection[str] = ()) -> Tally:
         """Sums per image.

@@ -205,7 +205,7 @@ def sentence(row: summary.Row, base: str) -> str:
             f"{kept:.3g} of {whole:.3g} visual tokens a layer, {share}" if kept < whole else "no token dropped"
         )
     tested = [pair for pair in row.versus.values() if pair.p_holm is not None]
-    found = sorted((pair for pair in tested if summary.significant(pair)), key=lambda pair: -abs(pair.difference))
+    found = sorted((pair for pair in tested if pair.significant()), key=lambda pair: -abs(pair.difference))
     for words, tone in ((f"worse than {base}", "bad"), (f"better than {base}", "good"), ("different", "")):
         if chosen := [f"{pair.title} ({_difference(pair)})" for pair in found if _tone(pair) == tone]:
             parts.append(f"{words} in {_list(chosen)}")
@@ -471,14 +471,14 @@ def _power(pair: Paired) -> page.Cell:
     if pair.detectable is None:
         return _none()
     needed = None
-    if pair.difference and not summary.significant(pair):
+    if pair.difference and not pair.significant():
         needed = stats.images_needed(pair.standard_error, pair.images, pair.difference)
     lines = [f"{_difference(pair)} takes {needed:,}"] if needed is not None and needed > pair.images else []
     return page.Cell(summary.number_text(pair.detectable, pair.percent), lines, pair.detectable)
 
 
 def _coloured(pair: Paired) -> Any:
-    return _tone(pair) if summary.significant(pair) else ""
+    return _tone(pair) if pair.significant() else ""
 
 
 def _plot(rows: Sequence[summary.Row]) -> list[page.Section]:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -157,6 +158,7 @@ class Engine:
         self._told = True
         idle = ", ".join(str(method) for method in self.methods if "sink_dims" in method.needs)
         name = getattr(self.config, "_name_or_path", "") or "this model"
+        name = Path(name).name if Path(name).is_dir() else name
         warnings.warn(
             f"{idle} does nothing on {name!r}: this checkpoint has no visual sinks, says its preset",
             VlmattnWarning,

@@ -106,4 +106,11 @@ def scorer(profile: str = "official", words: str | Path | None = None) -> Scorer
             raise DataError(f"{group!r} is not a task of the scenes; {nearest(group, kinds)}")
         return kinds[group]
 
-    return Scorer(name="scenes", profile=profile, kind=kind, aggregates=AGGREGATES, headlines=HEADLINES)
+    return Scorer(
+        name="scenes",
+        profile=profile,
+        kind=kind,
+        aggregates=AGGREGATES,
+        headlines=HEADLINES,
+        words="" if words is None else str(Path(words).resolve()),
+    )
