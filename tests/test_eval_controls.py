@@ -184,13 +184,13 @@ def captions(texts: list[tuple[int, int, int]]) -> Tally:
     ],
 )
 def test_collapsed_captions_are_told(base: Any, other: Any, reason: str) -> None:
-    assert controls.collapse(captions([base]), captions([other])) == reason
+    assert controls.collapse(captions([base]), captions([other])).get("caption", "") == reason
 
 
 def test_both_signs_of_a_collapse_are_told_and_other_kinds_have_none() -> None:
-    reason = controls.collapse(captions([(40, 1000, 0)] * 2), captions([(90, 1000, 500)] * 2))
+    reason = controls.collapse(captions([(40, 1000, 0)] * 2), captions([(90, 1000, 500)] * 2))["caption"]
     assert "mean length 90.0" in reason and "; " in reason and "50.0% of 4-grams" in reason
-    assert controls.collapse(run(TESTED).tally, run(TUNED).tally) == ""
+    assert controls.collapse(run(TESTED).tally, run(TUNED).tally) == {}
 
 
 def test_the_guard_reads_the_columns_of_the_caption_benchmark() -> None:

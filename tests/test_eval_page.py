@@ -90,11 +90,12 @@ def test_cells_carry_what_sorting_goes_by() -> None:
 
 
 def test_rows_are_marked() -> None:
-    columns = [page.Column("method", number=False)]
+    columns = [page.Column("method", number=False), page.Column("score")]
     rows = [page.Row([page.Cell(role)], role) for role in ("baseline", "control", "none")]
-    rows.append(page.Row([page.Cell("m")], invalid="it <broke>", notes=["note"]))
+    rows.append(page.Row([page.Cell("m"), page.Cell("1", struck=True)], invalid="it <broke>", notes=["note"]))
     text = page.render(content(page.Table("S", columns, rows)))
     assert 'class="baseline"' in text and '<span class="tag">control</span>' in text
+    assert '<td class="number struck"><span>1</span>' in text
     assert '<span class="tag">invalid</span>' in text and "it &lt;broke&gt;" in text
 
 

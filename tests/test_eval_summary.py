@@ -121,8 +121,9 @@ def test_without_scipy_the_row_says_what_is_missing(monkeypatch: pytest.MonkeyPa
 def test_a_collapsed_row_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     from vlmattn.eval import controls
 
-    monkeypatch.setattr(controls, "collapse", lambda base, other: "caption: mean length moved")
-    assert summary.row(run(6), run(6)).invalid == "caption: mean length moved"
+    monkeypatch.setattr(controls, "collapse", lambda base, other: {"caption": "caption: mean length moved"})
+    broken = summary.row(run(6), run(6))
+    assert broken.invalid == "caption: mean length moved" and broken.collapsed == ("caption",)
     assert summary.row(run(6)).invalid == ""
 
 

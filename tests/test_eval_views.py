@@ -87,9 +87,16 @@ def test_rows_say_what_they_are() -> None:
     assert cost.cells[1].text == page.DASH and list(cost.cells[1].small) == ["floor 18.5"]
 
 
-def test_an_invalid_row_is_struck_with_its_reason_but_its_cost_stands() -> None:
+def test_an_invalid_row_says_why_and_only_what_collapsed_is_struck() -> None:
     _, rows, _ = sweep()
-    broken = [rows[0], dataclasses.replace(rows[1], invalid="captions repeat themselves")]
+    metric = next(metric for metric in rows[1].metrics if metric.group)
+    broken = [
+        rows[0],
+        dataclasses.replace(rows[1], invalid="captions repeat themselves", collapsed=(metric.group,)),
+    ]
+    assert views.metric_cell(broken[1], metric).struck and not views.metric_cell(rows[1], metric).struck
+    struck = [cell.struck for cell in views.accuracy_table(broken).rows[1].cells]
+    assert any(struck) and not all(struck)
     assert views.accuracy_table(broken).rows[1].invalid == "captions repeat themselves"
     assert views.cost_table(broken).rows[1].invalid == ""
     assert "not to be compared, captions repeat themselves" in views.sentence(broken[1], "none")

@@ -327,8 +327,8 @@ def _compare(first: Run, second: Run, seed: int) -> Comparison:
     one, two = (run.only(common) for run in (first, second))
     if set(texts(one.records)) == set(texts(two.records)):
         notes.append("All answers are the same.")
-    if reason := controls.collapse(one.tally, two.tally):
-        notes.append(f"{second.label} is not comparable, {reason}.")
+    if collapsed := controls.collapse(one.tally, two.tally):
+        notes.append(f"{second.label} is not comparable, {'; '.join(collapsed.values())}.")
     flips = tuple(find_flips(one, two))
     return Comparison(
         first=one,

@@ -149,26 +149,28 @@ def best_bias(margins: ArrayLike, gold: ArrayLike, groups: Sequence[str]) -> flo
     return float(best[np.argmin(np.abs(best))])
 
 
-def collapse(base: Tally, other: Tally) -> str:
-    """Why the captions of a run cannot be compared with the baseline's; "" if they can.
+def collapse(base: Tally, other: Tally) -> dict[str, str]:
+    """Caption group -> why it cannot be compared with the baseline's; groups that can are left out.
 
     A caption group has collapsed if its share of repeated 4-grams is over three times the baseline's and over 2 %, or
     if the mean length of its captions moved by more than a quarter.
     """
     before, after = base.values(), other.values()
     undefined = {*base.undefined(), *other.undefined()}
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for metric in base.metrics:
         key, (_, _, name) = metric.key, metric.key.rpartition(".")
         if not metric.group or key in undefined or key not in after:
             continue
         was, now = before[key], after[key]
         if name == REPEATED and now > max(REPEATED_TIMES * was, REPEATED_FLOOR):
-            reasons.append(f"{metric.group}: {now:.1%} of 4-grams repeated, {was:.1%} in the baseline")
+            reasons.setdefault(metric.group, []).append(f"{now:.1%} of 4-grams repeated, {was:.1%} in the baseline")
         if name == LENGTH and abs(now - was) > LENGTH_SHARE * was:
             moved = f" ({now / was - 1:+.0%})" if was else ""
-            reasons.append(f"{metric.group}: mean length {now:.1f} words, {was:.1f} in the baseline{moved}")
-    return "; ".join(reasons)
+            reasons.setdefault(metric.group, []).append(
+                f"mean length {now:.1f} words, {was:.1f} in the baseline{moved}"
+            )
+    return {group: f"{group}: {'; '.join(told)}" for group, told in reasons.items()}
 
 
 def _random(pruner: Any, layer: int, seed: int) -> str:

@@ -50,12 +50,14 @@ class Cell:
         small: lines in small print below the value, for instance an interval.
         value: what sorting goes by; None sorts last in both directions, whatever the text is.
         tone: "good" or "bad" colours the value and the last small line.
+        struck: whether the value does not count; it is struck through.
     """
 
     text: str
     small: Sequence[str] = ()
     value: float | str | None = None
     tone: Literal["", "good", "bad"] = ""
+    struck: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Row:
         cells: one per column; the first one names the row.
         role: "baseline" is marked as what the others are compared with, "control" is tinted, "none" is a row without
             values.
-        invalid: why the values do not count; they are struck through and the reason stands below the name.
+        invalid: why the row is not comparable, which stands below its name; the cells it is about are `struck`.
         notes: what else stands below the name.
     """
 

@@ -67,7 +67,8 @@ class Row:
         failed: id -> error of the records without an answer.
         note: what a reader must know: why intervals are missing, or what the floor is.
         role: what the row is to the sweep.
-        invalid: why the row's numbers must not be compared, "" if they may.
+        invalid: why the row is not comparable, "" if it is.
+        collapsed: the groups whose captions collapsed, which is why.
         versus: metric key -> the difference to the baseline with its test; empty for the baseline itself.
         metrics: what the score consists of, in the order of the tables.
     """
@@ -82,6 +83,7 @@ class Row:
     note: str = ""
     role: Role = "method"
     invalid: str = ""
+    collapsed: tuple[str, ...] = ()
     versus: Mapping[str, Paired] = field(default_factory=dict)
     metrics: tuple[Metric, ...] = ()
 
@@ -159,7 +161,8 @@ def row(
 
     intervals: Mapping[str, tuple[float, float] | None] = {}
     versus: dict[str, Paired] = {}
-    notes, invalid = [], ""
+    notes: list[str] = []
+    collapsed: dict[str, str] = {}
     try:
         intervals = stats.intervals(run.tally, seed=seed)
         if baseline is not None:
@@ -172,7 +175,7 @@ def row(
     except DataError as error:
         notes.append(str(error))
     if baseline is not None:
-        invalid = controls.collapse(baseline.tally, run.tally)
+        collapsed = controls.collapse(baseline.tally, run.tally)
     return Row(
         label=run.label if label is None else label,
         spec=str(run.identity.get("spec", run.label)),
@@ -183,7 +186,8 @@ def row(
         failed=run.failed,
         note="; ".join(notes),
         role=role,
-        invalid=invalid,
+        invalid="; ".join(collapsed.values()),
+        collapsed=tuple(collapsed),
         versus=versus,
         metrics=run.tally.metrics,
     )

@@ -359,12 +359,13 @@ def metric_cell(row: summary.Row, metric: Metric, *, test: bool = True) -> page.
     if value is None:
         return _none()
     lines = [] if ends is None else [_range(ends, metric.percent)]
-    text = summary.number_text(value, metric.percent)
+    text, struck = summary.number_text(value, metric.percent), bool({*metric.groups} & {*row.collapsed})
     if pair is None or not test:
-        return page.Cell(text, lines, value)
+        return page.Cell(text, lines, value, struck=struck)
     p, name = (pair.p, "p uncorrected") if pair.p_holm is None else (pair.p_holm, "p")
     told = "" if p is None else f", {name} {compare.p_text(p)}"
-    return page.Cell(text, [*lines, summary.difference_text(pair, pair.percent) + told], value, _coloured(pair))
+    lines.append(summary.difference_text(pair, pair.percent) + told)
+    return page.Cell(text, lines, value, _coloured(pair), struck)
 
 
 def facts(runs: Sequence[Run], about: Mapping[str, Any]) -> dict[str, str]:
@@ -422,9 +423,11 @@ def _words(value: Any) -> str:
 
 def _second_row(comparison: Comparison) -> summary.Row:
     """The second run as a row; its tests are there already."""
-    reason = controls.collapse(comparison.first.tally, comparison.second.tally)
+    collapsed = controls.collapse(comparison.first.tally, comparison.second.tally)
     versus = {pair.key: pair for pair in comparison.paired}
-    return dataclasses.replace(summary.row(comparison.second), versus=versus, invalid=reason)
+    return dataclasses.replace(
+        summary.row(comparison.second), versus=versus, invalid="; ".join(collapsed.values()), collapsed=tuple(collapsed)
+    )
 
 
 def _line(row: summary.Row, cells: Sequence[page.Cell], notes: Sequence[str] = ()) -> page.Row:
