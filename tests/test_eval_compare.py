@@ -48,7 +48,7 @@ def test_every_metric_is_paired_and_the_numbers_are_those_of_the_runs(tmp_path: 
     random = entries["random.accuracy"]
     assert (random.first, random.second) == (pytest.approx(11 / 12), pytest.approx(9 / 12))
     assert random.mcnemar == stats.McNemar(2, 0, 0.5) and random.test == "mcnemar" and random.images == 12
-    assert entries["mean_exact"].test == "mcnemar" and entries["random.f1"].test == "bootstrap"
+    assert entries["mean_exact"].test == "mcnemar" and entries["random.f1"].test == "exchange"
     assert entries["mean_accuracy"].mcnemar == stats.McNemar(3, 1, stats.mcnemar(3, 1))
     assert found.left_out == () and found.notes == ()
 
@@ -187,7 +187,7 @@ def test_tables_fit_and_lose_nothing(tmp_path: Path, width: int) -> None:
     (found,) = compare.compare(pair(tmp_path, spec="fastv(keep=0.5, before_layer=2) + random(keep=0.5)"))
     shown = text_of([*compare.tables(found), compare.flip_table(found, 6)], width)
     assert max(map(len, shown.splitlines())) <= width
-    for text in ("−16.7", "−41.7 to 0.0", "McNemar", "bootstrap", "random", "popular", "digits", "2 lost 0 won"):
+    for text in ("−16.7", "−41.7 to 0.0", "McNemar", "exchange", "random", "popular", "digits", "2 lost 0 won"):
         assert text in shown
     assert "random F1" not in shown and "random F1" in text_of(compare.tables(found, every=True), 160)
     assert "50 % of the prefill MACs" in " ".join(shown.split())

@@ -116,6 +116,13 @@ def test_the_same_seed_gives_the_same_interval_and_certainty_has_no_width() -> N
     assert stats.intervals(of_sums(np.ones((5, 2)), ACCURACY)) == {"a.accuracy": (1.0, 1.0)}
 
 
+@pytest.mark.parametrize("answer, ends", [("1", (0.025 ** (1 / 20), 1.0)), ("0", (0.0, 1 - 0.025 ** (1 / 20)))])
+def test_all_right_or_all_wrong_is_no_certainty(answer: str, ends: tuple[float, float]) -> None:
+    tally = of_marks(np.full((20, 1, 3), answer == "1"))
+    found = stats.intervals(tally)
+    assert found["a.accuracy"] == pytest.approx(ends), "20 images, however many questions each"
+
+
 def test_all_metrics_come_from_the_same_resamples() -> None:
     rows = np.random.default_rng(2).poisson(3, (40, 2)) + np.eye(2)[1]
     twice = dataclasses.replace(ACCURACY, key="twice", raw=lambda sums: 2 * ratio(sums[..., 0], sums[..., 1]))
@@ -223,7 +230,7 @@ def test_equal_runs_differ_by_nothing() -> None:
     rows = np.random.default_rng(3).poisson(3, (20, 3)) + 1
     ratios = of_sums(rows, metric("a.f1", f1, ["a"]))
     (found,) = stats.paired(ratios, ratios)
-    assert (found.test, found.p, found.mcnemar) == ("bootstrap", 1.0, None)
+    assert (found.test, found.p, found.mcnemar) == ("exchange", 1.0, None)
 
 
 def test_one_image_is_compared_without_a_test() -> None:
@@ -263,7 +270,7 @@ def test_holm_is_monotone_and_equals_the_hand_computation() -> None:
     assert all(a >= p for a, p in zip(adjusted, ps, strict=True)) and (np.diff(np.array(adjusted)[order]) >= 0).all()
 
 
-def test_holm_takes_headlines_and_the_first_number_of_every_task() -> None:
+def test_holm_takes_the_headlines_and_then_the_first_numbers_of_the_other_tasks() -> None:
     rng = np.random.default_rng(6)
     first, second = (of_marks(rng.random((40, 3, 1)) < p, ("a", "b", "c")) for p in (0.5, 0.8))
     extra = metric("a.again", share(0, 1), ["a"], marks=True)
@@ -272,8 +279,14 @@ def test_holm_takes_headlines_and_the_first_number_of_every_task() -> None:
     found = {entry.key: entry for entry in stats.paired(first, second)}
     assert found["a.again"].p == found["a.accuracy"].p and found["a.again"].p_holm is None
     assert not found["a.again"].significant()
-    family = [found[key] for key in ("mean", "a.accuracy", "b.accuracy", "c.accuracy")]
+    assert found["mean"].headline and found["mean"].p_holm == found["mean"].p
+    family = [found[key] for key in ("a.accuracy", "b.accuracy", "c.accuracy")]
     assert [entry.p_holm for entry in family] == stats.holm([entry.p or 0 for entry in family])
+    headlines = [dataclasses.replace(entry, headline=entry.key != "c.accuracy") for entry in first.metrics]
+    again = stats.paired(*(dataclasses.replace(tally, metrics=tuple(headlines)) for tally in (first, second)))
+    shown = [entry for entry in again if entry.headline]
+    assert [entry.p_holm for entry in shown] == stats.holm([entry.p or 0 for entry in shown])
+    assert len(shown) == 4, "a task's number that is a headline is corrected with the headlines"
 
 
 def clustered(rng: np.random.Generator, images: int, mean: float, questions: int = 6) -> np.ndarray:
@@ -293,10 +306,10 @@ def test_the_test_of_accuracy_keeps_its_level_where_mcnemar_on_single_answers_do
     assert single / repeats > 0.12  # the reason why images are the units
 
 
-@pytest.mark.parametrize("share_changed", [0.15, 1.0])
+@pytest.mark.parametrize("images, share_changed", [(3, 1.0), (6, 1.0), (12, 1.0), (100, 0.15), (100, 1.0)])
 @pytest.mark.parametrize("name", ["F1", "CHAIR_i"])
-def test_the_test_of_a_ratio_keeps_its_level(name: str, share_changed: float) -> None:
-    rng, images, repeats, hits = np.random.default_rng(9), 100, 400, 0
+def test_the_test_of_a_ratio_keeps_its_level(name: str, images: int, share_changed: float) -> None:
+    rng, repeats, hits = np.random.default_rng(9), 400, 0
 
     def run() -> Sums:
         if name == "F1":
@@ -312,9 +325,40 @@ def test_the_test_of_a_ratio_keeps_its_level(name: str, share_changed: float) ->
         same = rng.random(images) > share_changed
         second[same] = first[same]
         (found,) = stats.paired(of_sums(first, ratios), of_sums(second, ratios), n_resamples=400)
-        assert found.test == "bootstrap" and found.p is not None
+        assert found.test == "exchange" and found.p is not None
         hits += found.p < 0.05
-    assert 0.02 <= hits / repeats <= 0.075
+    assert (0.02 if images == 100 else 0) <= hits / repeats <= 0.075
+
+
+def test_few_images_cannot_be_significant_however_large_the_difference() -> None:
+    worst, best = np.array([[0.0, 4.0]] * 3), np.array([[4.0, 4.0]] * 3)
+    (found,) = stats.paired(
+        of_sums(worst, metric("r", share(0, 1), ["a"])), of_sums(best, metric("r", share(0, 1), ["a"]))
+    )
+    assert found.difference == 1 and found.p == 2 / 2**3, "all 8 exchanges of 3 images are tried"
+
+
+def test_equal_differences_tie_however_they_were_added_up() -> None:
+    rng = np.random.default_rng(3)
+    marks = rng.random((141, 3, 1)) < 0.9
+    other = marks.copy()
+    changed = rng.choice(141, 9, replace=False)
+    other[changed, rng.integers(0, 3, 9)] ^= True
+    found = {entry.key: entry for entry in stats.paired(of_marks(marks, tuple("abc")), of_marks(other, tuple("abc")))}
+    steps = (other.astype(int) - marks)[changed].sum(axis=(1, 2))
+    signs = 1 - 2 * (np.arange(2**9)[:, None] >> np.arange(9) & 1)
+    exact = np.mean(abs(signs @ steps) >= abs(steps.sum()))
+    assert found["mean"].p == pytest.approx(exact)
+
+
+def test_an_undefined_number_is_not_compared_where_zero_would_be_the_best() -> None:
+    metrics = (
+        dataclasses.replace(metric("a.chair", share(0, 1), ["a"]), better="lower"),
+        metric("a.f1", share(0, 1), ["a"]),
+    )
+    silent, talking = np.zeros((20, 2)), np.tile([1.0, 4.0], (20, 1))
+    (found,) = stats.paired(of_sums(talking, *metrics), of_sums(silent, *metrics))
+    assert (found.key, found.first, found.second) == ("a.f1", 0.25, 0.0)
 
 
 def test_a_difference_of_the_size_that_can_be_seen_is_found_four_times_in_five() -> None:

@@ -1,4 +1,4 @@
-"""Two runs over the same questions: what differs, whether that can be chance, and which answers turned."""
+"""Two runs over the same questions: what differs, whether that can be chance, and which answers changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAME = ("bench", "data", "prompt", "decode", "model.fingerprint", "model.dtype")
 """Parts of a run's identity without which a difference between two runs is not the method's."""
 NOTED = ("model.name", "device", "sink_dims", "versions")
 """Parts that may differ between runs that are compared; a note says so."""
-_TESTS = {"mcnemar": "McNemar", "mcnemar, by image": "by image", "bootstrap": "bootstrap", "none": ""}
+_TESTS = {"mcnemar": "McNemar", "mcnemar, by image": "by image", "exchange": "exchange", "none": ""}
 _LONGEST = 160
 
 
@@ -51,7 +51,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Turns:
-    """How the answers of one task turned from the first run to the second.
+    """How the answers of one task changed between right and wrong from the first run to the second.
 
     Attributes:
         group: the task.
@@ -78,9 +78,9 @@ class Comparison:
         first: the run compared with, its answers to these questions only.
         second: the run that is judged, likewise.
         paired: per metric the difference (second - first), its interval and its test.
-        flips: the answers that turned, in the order of the questions. Questions without right and wrong (captions) have
-            none.
-        counts: per task, how many turned.
+        flips: the answers that turned from right to wrong or back, in the order of the questions. A caption is right
+            where it hallucinates nothing.
+        counts: per task, how many did.
         left_out: ids of questions that are not compared: only one run answered them, or they are not the same question.
         notes: what a reader must know, a sentence each.
     """
@@ -185,7 +185,7 @@ def find_flips(first: Run, second: Run) -> list[Flip]:
 
 
 def tables(comparison: Comparison, *, every: bool = False) -> list[Table]:
-    """The terminal tables of a comparison: metrics, and how many answers turned.
+    """The terminal tables of a comparison: metrics, and how many answers changed.
 
     Args:
         comparison: what is shown.
@@ -193,7 +193,7 @@ def tables(comparison: Comparison, *, every: bool = False) -> list[Table]:
     """
     first, second = comparison.first, comparison.second
     entries = [entry for entry in comparison.paired if every or entry.headline or entry.p_holm is not None]
-    head = ["metric", "first", "second", "difference", "p", "p Holm", "can see"]
+    head = ["metric", "first", "second", "difference", "p", "p Holm", "detectable"]
     body = [
         [
             f"{entry.title} %" if entry.percent else entry.title,
@@ -216,7 +216,7 @@ def tables(comparison: Comparison, *, every: bool = False) -> list[Table]:
 
 
 def flip_table(comparison: Comparison, limit: int) -> Table | None:
-    """Examples of answers that turned, from all tasks and both directions in turn; None where there are none."""
+    """Examples of changed answers, from all tasks and both directions in turn; None where there are none."""
     chosen = examples(comparison.flips, limit)
     if not chosen:
         return None
@@ -225,7 +225,7 @@ def flip_table(comparison: Comparison, limit: int) -> Table | None:
         [flip.direction, f"{flip.id}: {flip.question}", flip.label, _plain(flip.first_text), _plain(flip.second_text)]
         for flip in chosen
     ]
-    title = f"answers that turned, {len(chosen)} of {len(comparison.flips)}"
+    title = f"changed answers, {len(chosen)} of {len(comparison.flips)}"
     return summary.terminal_table(title, head, body, ["" if flip.direction == "won" else "red" for flip in chosen], 5)
 
 
@@ -247,21 +247,23 @@ def explanations(comparisons: Sequence[Comparison]) -> list[str]:
     if any(entry.interval for entry in entries):
         found.append("Small print below a difference: its 95 % interval, from resampling images for both runs alike.")
     if "mcnemar" in tests:
-        found.append("McNemar: the exact test; no image has two answers that turned.")
+        found.append("McNemar: the exact test; no image has two answers that changed.")
     if "mcnemar, by image" in tests:
         found.append(
             "by image: McNemar's test with images as units, because answers about one image are not independent."
         )
-    if "bootstrap" in tests:
-        found.append("bootstrap: the share of resamples as far from the difference as the difference is from 0.")
+    if "exchange" in tests:
+        found.append("exchange: the runs' answers change places at random, image by image.")
     if any(entry.significant() for entry in entries):
         found.append(
-            f"* more than chance: p Holm, which allows for all tests of the comparison, is below {stats.LEVEL:g}."
+            f"* more than chance: p Holm, which allows for all headlines, or all other tasks, is below {stats.LEVEL:g}."
         )
     if any(entry.changed for comparison in comparisons for entry in comparison.counts):
         found.append("changed: answers that were read as something else, right or wrong.")
     if any(entry.detectable for entry in entries):
-        found.append("can see: the smallest true difference that a comparison of this size finds in 80 of 100 cases.")
+        found.append(
+            "detectable: the smallest true difference that a comparison of this size finds in 80 of 100 cases."
+        )
     return found
 
 
@@ -291,7 +293,12 @@ def difference_text(entry: Paired) -> str:
 
 def p_text(p: float) -> str:
     """ "0.031", "<0.001"."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    if p < 0.001:
+        return "<0.001"
+    text = f"{p:.3f}"
+    return (
+        "<0.050" if p < stats.LEVEL <= float(text) else text
+    )  # what is below the level must not look as if it were not
 
 
 def _compare(first: Run, second: Run, seed: int) -> Comparison:
@@ -329,11 +336,14 @@ def _compare(first: Run, second: Run, seed: int) -> Comparison:
         notes.append("All answers are the same.")
     if collapsed := controls.collapse(one.tally, two.tally):
         notes.append(f"{second.label} is not comparable, {'; '.join(collapsed.values())}.")
-    flips = tuple(find_flips(one, two))
+    flips, paired = tuple(find_flips(one, two)), stats.paired(one.tally, two.tally, seed=seed)
+    compared = {entry.key for entry in paired}
+    if lacking := [metric.title for metric in one.tally.metrics if metric.key not in compared]:
+        notes.append(f"Not compared, because a denominator is 0 in one of the runs: {', '.join(lacking)}.")
     return Comparison(
         first=one,
         second=two,
-        paired=stats.paired(one.tally, two.tally, seed=seed),
+        paired=paired,
         flips=flips,
         counts=tuple(_turns(one, two, flips)),
         left_out=(*single, *changed),

@@ -6,15 +6,19 @@ questions rejects a true null hypothesis far more often than it says (`tests/tes
 
 - Interval of a metric, and of the difference of a metric between two runs: percentile bootstrap over images. For a
   difference the same images are drawn for both runs (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
-- Test of a ratio (F1, CHAIR, a mean over groups): paired bootstrap; p is the share of resamples whose difference is as
-  far from the observed one as the observed one is from 0 (Berg-Kirkpatrick, Burkett and Klein, EMNLP 2012). Reading p
-  off the percentiles instead would reject too often where few images differ.
-- Test of a share of right answers: McNemar's exact test where no image has more than one answer that turned from right
-  to wrong or back. Otherwise the same test with images as units: under the null hypothesis the two runs' answers to all
-  questions of an image may be exchanged. With one such answer an image, both are the same test.
-- Several tasks: Holm (1979) over the numbers that a table of the comparison shows, which are the headlines and the
-  first formula of every task. The other numbers explain these and are not corrected; nothing is called significant by
-  them.
+- Test of a difference: under the null hypothesis the two runs' answers to all questions of an image may be exchanged,
+  so exchanging them at random, image by image, keeps the level for every metric and any number of images (Noreen,
+  Computer-Intensive Methods for Testing Hypotheses, 1989). For shares of right answers this is McNemar's test with
+  images as units, and McNemar's exact test is used where no image has more than one answer that turned from right to
+  wrong or back. The paired bootstrap gives the interval but not the p: with few images it rejects a true null
+  hypothesis far more often than it says, and with two images whose difference is the same it is certain.
+- Several tasks: Holm (1979), in two families, each at 5 %: the headlines, which a table of the comparison shows, and
+  the first formulas of the tasks that are no headline. A mean over tasks is not in one family with its own parts. The
+  other numbers explain these and are not corrected; nothing is called significant by them.
+- A number whose denominator is 0 counts as 0 where 0 is the worst (F1 of a model that never says yes). Where 0 would be
+  the best (CHAIR of captions that mention nothing) it is not compared.
+- Where all answers of a run are right (or all wrong), resampling finds no spread at all, though few images say little.
+  There the open end of the interval is Clopper and Pearson's (1934), with images as units.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from vlmattn.eval.items import some
 from vlmattn.eval.tally import Better, Metric, Sums, Tally
 
 Interval = tuple[float, float]
-Test = Literal["mcnemar", "mcnemar, by image", "bootstrap", "none"]
+Test = Literal["mcnemar", "mcnemar, by image", "exchange", "none"]
 
 LEVEL = 0.05
 """What p after Holm's correction must be below to be called more than chance."""
@@ -69,8 +73,8 @@ class Paired:
         interval: of the difference; None with fewer than two images.
         p: two-sided; 1 for equal runs, None with fewer than two images.
         test: what gave `p`.
-        p_holm: `p` adjusted for the tasks of this comparison; None where the metric is neither a headline nor the first
-            formula of a task.
+        p_holm: `p` adjusted for the other headlines, or for the other tasks, of this comparison; None where the metric
+            is neither a headline nor the first formula of a task.
         mcnemar: the test on single answers, for metrics that are a share of right ones; else None.
         images: how many images the metric is about.
         standard_error: of the difference, over images; None with fewer than two images.
@@ -114,7 +118,7 @@ def intervals(
 
     Returns:
         Metric key -> (low, high), None with fewer than two images. In a resample whose denominator is 0 a metric is 0,
-        as in `Metric.of`.
+        as in `Metric.of`. A share of right answers that is 0 or 1 has Clopper and Pearson's interval over its images.
 
     Raises:
         DataError: scipy is not installed.
@@ -125,8 +129,12 @@ def intervals(
     result = _bootstrap(
         len(tally.images), lambda draws: _values(tally.metrics, draws @ tally.sums), n_resamples, confidence, seed
     )
-    ends = zip(*result.confidence_interval, strict=True)
-    return {key: (float(low), float(high)) for key, (low, high) in zip(keys, ends, strict=True)}
+    ends = [(float(low), float(high)) for low, high in zip(*result.confidence_interval, strict=True)]
+    images = _images(tally)
+    return {
+        metric.key: _opened(found, images[metric.key], confidence) if metric.of_marks else found
+        for metric, found in zip(tally.metrics, ends, strict=True)
+    }
 
 
 def paired(
@@ -143,13 +151,16 @@ def paired(
         seed: seed of the resampling.
 
     Returns:
-        One entry per metric, in the order of `first.metrics`.
+        One entry per metric, in the order of `first.metrics`, without those that are undefined in a run and whose best
+        value is not the highest.
 
     Raises:
         DataError: the two are not about the same questions, or scipy or statsmodels is not installed.
     """
     second = _aligned(first, second)
-    count, metrics = len(first.images), first.metrics
+    flawed = {*first.undefined(), *second.undefined()}
+    metrics = [metric for metric in first.metrics if metric.key not in flawed or metric.better == "higher"]
+    count = len(first.images)
     before, after = first.values(), second.values()
     observed = np.array([after[metric.key] - before[metric.key] for metric in metrics])
     ends: list[Interval | None] = [None] * len(metrics)
@@ -167,25 +178,17 @@ def paired(
         )
         ends = [(float(low), float(high)) for low, high in zip(*result.confidence_interval, strict=True)]
         errors = [float(error) for error in result.standard_error]
-        far = np.abs(result.bootstrap_distribution - observed[:, None]) >= np.abs(observed)[:, None] - 1e-12
-        ps = [float(p) for p in (1 + far.sum(axis=1)) / (1 + n_resamples)]
-        tests = ["bootstrap"] * len(metrics)
-        for number, metric in enumerate(metrics):
-            found = single[number]
-            if found is None:
-                continue
-            if _one_an_image(metric, first, second):
+        ps = _exchange(metrics, first, second, n_resamples, seed)
+        for number, (metric, found) in enumerate(zip(metrics, single, strict=True)):
+            tests[number] = "exchange" if found is None else "mcnemar, by image"
+            if found is not None and _one_an_image(metric, first, second):
                 ps[number], tests[number] = found.p, "mcnemar"
-            else:
-                ps[number] = _exchange(metric, first, second, n_resamples, seed)
-                tests[number] = "mcnemar, by image"
-    seen: dict[str, set[str]] = {}
-    for key, group in first.groups.items():
-        seen.setdefault(group, set()).add(first.clusters[key])
-    images = [len(set().union(*(seen.get(group, ()) for group in metric.groups))) for metric in metrics]
-    family = _family(metrics)
-    known = [number for number in family if ps[number] is not None]
-    adjusted = dict(zip(known, holm([ps[number] or 0.0 for number in known]), strict=True))
+    seen = _images(first)
+    images = [seen[metric.key] for metric in metrics]
+    adjusted: dict[int, float] = {}
+    for family in _families(metrics):
+        known = [number for number in family if ps[number] is not None]
+        adjusted |= zip(known, holm([ps[number] or 0.0 for number in known]), strict=True)
     return tuple(
         Paired(
             key=metric.key,
@@ -204,7 +207,7 @@ def paired(
             mcnemar=single[number],
             images=images[number],
             standard_error=errors[number],
-            detectable=detectable(errors[number], images[number]),
+            detectable=_possible(metric, detectable(errors[number], images[number])),
         )
         for number, metric in enumerate(metrics)
     )
@@ -324,6 +327,24 @@ def _power() -> Any:
     return TTestPower()
 
 
+def _images(tally: Tally) -> dict[str, int]:
+    """Metric key -> how many images it is about."""
+    seen: dict[str, set[str]] = {}
+    for key, group in tally.groups.items():
+        seen.setdefault(group, set()).add(tally.clusters[key])
+    return {metric.key: len(set().union(*(seen.get(group, ()) for group in metric.groups))) for metric in tally.metrics}
+
+
+def _opened(interval: Interval, images: int, confidence: float) -> Interval:
+    """The interval of a share, with a width where resampling has none because all answers are alike."""
+    if not images or interval not in ((0.0, 0.0), (1.0, 1.0)):
+        return interval
+    from scipy.stats import binomtest
+
+    found = binomtest(images if interval[1] else 0, images).proportion_ci(confidence)  # exact
+    return float(found.low), float(found.high)
+
+
 def _values(metrics: Sequence[Metric], sums: Sums) -> Sums:
     """(..., K) sums -> (metrics, ...) values."""
     return np.stack([metric.of(sums) for metric in metrics])
@@ -356,35 +377,32 @@ def _bootstrap(images: int, statistic: Callable[[Sums], Sums], n_resamples: int,
     )
 
 
-def _exchange(metric: Metric, first: Tally, second: Tally, n_resamples: int, seed: int) -> float:
-    """p of a share of right answers when the runs' answers to all questions of an image may change places.
+def _exchange(
+    metrics: Sequence[Metric], first: Tally, second: Tally, n_resamples: int, seed: int
+) -> list[float | None]:
+    """Two-sided p of every metric when the runs' answers to all questions of an image may change places.
 
-    All exchanges are tried where there are at most `n_resamples` of them, else that many random ones
-    (`scipy.stats.permutation_test`). Images without an answer that turned would change nothing.
+    All exchanges are tried where there are at most `n_resamples` of them, else that many random ones. Images with equal
+    rows in both runs would change nothing.
     """
-    from scipy.stats import permutation_test
+    rows = np.flatnonzero((first.sums != second.sums).any(axis=1))
+    low, high, step = first.sums.sum(axis=0), second.sums.sum(axis=0), second.sums[rows] - first.sums[rows]
+    every = 2 ** min(len(rows), 62) <= n_resamples
+    if every:
+        flips = (np.arange(2 ** len(rows))[:, None] >> np.arange(len(rows)) & 1).astype(np.float64)
+    else:
+        flips = np.random.default_rng(seed).integers(0, 2, (n_resamples, len(rows))).astype(np.float64)
+    moved = flips @ step
+    # Equal differences must compare as equal although they were added up in another order.
+    differences = np.abs(np.round(_values(metrics, high - moved) - _values(metrics, low + moved), 12))
+    observed = np.abs(np.round(_values(metrics, high) - _values(metrics, low), 12))
+    far = (differences >= observed[:, None]).sum(axis=1)
+    return [float(p) for p in (far / len(flips) if every else (1 + far) / (1 + n_resamples))]
 
-    turned = {first.clusters[key] for key in _turned(metric, first, second)}
-    if len(turned) < 2:  # the exchange of one image only changes the sign
-        return 1.0
-    rows = [number for number, image in enumerate(first.images) if image in turned]
-    step = second.sums[rows] - first.sums[rows]
-    low, high = first.sums.sum(axis=0), second.sums.sum(axis=0)
 
-    def difference(sign: Sums, axis: int = -1) -> Sums:
-        moved = (sign < 0) @ step
-        return metric.of(high - moved) - metric.of(low + moved)
-
-    result = permutation_test(
-        (np.ones(len(rows)),),
-        difference,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=n_resamples,
-        batch=max(1, _BATCH // len(rows)),
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+def _possible(metric: Metric, difference: float | None) -> float | None:
+    """The difference, if a metric of this kind can have it: shares differ by at most 1."""
+    return None if difference is None or (metric.percent and difference > 1) else difference
 
 
 def _turned(metric: Metric, first: Tally, second: Tally) -> list[str]:
@@ -411,13 +429,14 @@ def _one_an_image(metric: Metric, first: Tally, second: Tally) -> bool:
     return max(images.values(), default=0) <= 1 and len(set(sizes.values())) <= 1
 
 
-def _family(metrics: Sequence[Metric]) -> list[int]:
-    """Numbers of the metrics Holm's correction takes together: headlines, and the first formula of every task."""
+def _families(metrics: Sequence[Metric]) -> tuple[list[int], list[int]]:
+    """Numbers of the metrics Holm's correction takes together: the headlines; the other tasks' first formulas."""
     first: dict[str, int] = {}
     for number, metric in enumerate(metrics):
         if metric.group:
             first.setdefault(metric.group, number)
-    return sorted({*first.values(), *(number for number, metric in enumerate(metrics) if metric.headline)})
+    headlines = [number for number, metric in enumerate(metrics) if metric.headline]
+    return headlines, [number for number in first.values() if number not in headlines]
 
 
 def _aligned(first: Tally, second: Tally) -> Tally:
