@@ -123,5 +123,5 @@ def sweep() -> list[Row]:
         row("random(keep=0.5, before_layer=2)", 0.83, 108, 7.1, "control"),
         row("random(keep=0.25, before_layer=2)", 0.69, 90, 6.3, "control"),
         row("noimage(before_layer=2)", 0.5, 72, 5.0, "control"),
-        row("threshold(+0.37)", 0.905, 144, 9.1, "control", spec="none"),
+        row("threshold(logit +0.37)", 0.905, 144, 9.1, "control", spec="none"),
     ]

@@ -57,7 +57,24 @@ def test_a_level_below_the_floor_has_no_spec_but_the_floor() -> None:
     for match, level in ((low, 0.5), (lower, 0.35)):
         assert match.spec is None and match.average is None
         assert match.floor == (2 * 144 + 2) / 4 and match.floor_share == pytest.approx(0.503, abs=5e-4)
-        assert match.label == f"fastv(keep=-, before_layer=2) at {level}"
+        assert match.label == f"fastv(before_layer=2) at {level}"
+        assert match.floor_text.startswith(
+            f"level {level} cannot be reached: with its smallest budget the method leaves"
+        )
+        assert match.floor_text.endswith(
+            "72.5 of 144 visual tokens a layer on average; the floor is 50.3 % of the visual tokens"
+        )
+    assert high.floor_text == ""
+
+
+@pytest.mark.parametrize(
+    "text, label",
+    [("fastv(keep=0.25)", "fastv at 0.1"), ("fastv(query=all_text) + var", "fastv(query=all_text) + var at 0.1")],
+)
+def test_below_the_floor_the_label_has_no_budget(text: str, label: str) -> None:
+    (match,) = matched(text, [0.1], layers=4, visual=144)
+    assert match.spec is None and match.label == label
+    assert matched("var")[0].floor_text == ""
 
 
 def test_a_floor_that_rounds_to_the_level_is_no_floor() -> None:

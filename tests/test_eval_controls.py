@@ -72,9 +72,11 @@ def run(rows: Any, split: str = "test", label: str = "none", **identity: Any) ->
 def test_the_threshold_is_the_one_that_is_best_on_the_validation_images() -> None:
     base, validation = run(TESTED), run(TUNED, "val")
     assert base.tally.values()["mean_accuracy"] == 0.5
-    bias, moved = controls.threshold(base, validation)
-    assert bias == 1.5  # the middle of -2 (no) and -1 (yes)
-    assert moved.label == "threshold(+1.5)" and moved.folder == ""
+    control = controls.threshold(base, validation)
+    moved = control.run
+    assert control.bias == 1.5  # the middle of -2 (no) and -1 (yes)
+    assert moved.label == "threshold(logit +1.5)" and moved.folder == ""
+    assert control.images == 3 and control.note == "tuned on 3 validation images"  # of five questions
     assert [answer.text for answer in moved.said] == ["Yes", "No", "Yes", "Yes", "7"]
     assert moved.tally.values()["mean_accuracy"] == 0.75
     assert {key: value for key, value in moved.records[0].items() if key != "text"} == {
@@ -87,9 +89,9 @@ def test_the_threshold_is_the_one_that_is_best_on_the_validation_images() -> Non
 def test_without_a_bias_the_answers_are_the_models_own() -> None:
     good = tuple((key, group, gold, 1.0 if gold == "yes" else -1.0) for key, group, gold, _ in TUNED)
     base = run(TESTED)
-    bias, moved = controls.threshold(base, run(good, "val"))
-    assert bias == 0 and moved.label == "threshold(+0)"
-    assert moved.tally.verdicts == base.tally.verdicts
+    control = controls.threshold(base, run(good, "val"))
+    assert control.bias == 0 and control.run.label == "threshold(logit +0)"
+    assert control.run.tally.verdicts == base.tally.verdicts
 
 
 def test_groups_count_alike_however_many_questions_they_have() -> None:
@@ -147,6 +149,16 @@ def test_failed_questions_stay_failed() -> None:
     lost = {key: value for key, value in base.records[1].items() if key not in ("text", "margin")}
     base = dataclasses.replace(base, records=[base.records[0], lost | {"status": "failed"}, *base.records[2:]])
     assert list(controls.threshold(base, run(TUNED, "val")).run.failed) == ["a/2"]
+
+
+def test_only_images_that_were_answered_count_as_tuned_on() -> None:
+    validation = run(TUNED, "val")
+    lost = {key: value for key, value in validation.records[2].items() if key not in ("text", "margin")}
+    records = [*validation.records[:2], lost | {"status": "failed"}, *validation.records[3:]]
+    control = controls.threshold(run(TESTED), dataclasses.replace(validation, records=records))
+    assert control.images == 2
+    single = dataclasses.replace(validation, records=validation.records[:1])
+    assert controls.threshold(run(TESTED), single).note == "tuned on 1 validation image"
 
 
 def captions(texts: list[tuple[int, int, int]]) -> Tally:
@@ -212,6 +224,7 @@ def test_every_pruner_gets_random_and_no_image_at_its_layer() -> None:
         "random(keep=0.25, before_layer=1)",
         "random(keep=0.25, before_layer=1, seed=1)",
         "noimage(before_layer=1)",
+        "noimage",
     ]
     scoped = controls.specs_for(["fastv(keep=9, budget_scope=sample) + var"], num_layers=4)
     assert next(iter(scoped)) == "random(keep=9, before_layer=1, budget_scope=sample)"
@@ -228,7 +241,15 @@ def test_what_runs_already_is_not_run_twice() -> None:
     methods = ["fastv(keep=0.25)", "fastv(keep=0.25, query=all)", "random(keep=0.25, before_layer=2)", "noimage"]
     assert list(controls.specs_for(methods, num_layers=32)) == ["noimage(before_layer=2)"]
     assert list(controls.specs_for(["uniform", "random"], num_layers=32)) == ["noimage"]  # random's layer is 0
-    assert controls.specs_for(["noimage(before_layer=3)", "fastv(keep=1.0)"], num_layers=32) == {}
+    assert list(controls.specs_for(["noimage(before_layer=3)", "fastv(keep=1.0)"], num_layers=32)) == ["noimage"]
+
+
+@pytest.mark.parametrize("specs", [["none"], ["var"], ["fastv"], ["uniform", "fastv"], ["fastv + var", "vhr"]])
+def test_the_blind_row_is_always_there_once_and_says_its_layer(specs: list[str]) -> None:
+    found = list(controls.specs_for(specs, num_layers=32).items())
+    assert found[-1] == ("noimage", "noimage(before_layer=0)")
+    assert sum(label == "noimage(before_layer=0)" for _, label in found) == 1
+    assert "noimage" not in controls.specs_for([*specs, "noimage"], num_layers=32)
 
 
 def test_several_pruners_have_one_control_with_as_many_stages() -> None:
@@ -236,6 +257,7 @@ def test_several_pruners_have_one_control_with_as_many_stages() -> None:
     assert list(found) == [
         "random(keep=0.6, before_layer=1) + random(keep=16, before_layer=3)",
         "noimage(before_layer=1)",
+        "noimage",
     ]
 
 
@@ -249,5 +271,6 @@ def test_margins_of_the_embedded_model_say_what_it_answered(tmp_path: Path) -> N
     base, tuned = Run.load(tmp_path / "none"), rows[-1]
     margins = {answer.id: answer.margin for answer in base.said}
     assert base.tally.verdicts == {key: "yes" if (margin or 0) > 0 else "no" for key, margin in margins.items()}
-    assert tuned.role == "control" and tuned.label.startswith("threshold(") and tuned.cost == rows[0].cost
+    assert tuned.role == "control" and tuned.label.startswith("threshold(logit ") and tuned.cost == rows[0].cost
+    assert tuned.note.startswith("tuned on 6 validation images")
     assert tuned.versus["mean_accuracy"].first == rows[0].value("mean_accuracy")

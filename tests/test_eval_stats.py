@@ -338,6 +338,16 @@ def test_few_images_cannot_be_significant_however_large_the_difference() -> None
     assert found.difference == 1 and found.p == 2 / 2**3, "all 8 exchanges of 3 images are tried"
 
 
+def test_what_can_be_seen_is_never_less_than_a_test_needs() -> None:
+    marks = np.ones((40, 1, 2), bool)
+    other = marks.copy()
+    other[0, 0, 0] = False
+    (found,) = stats.paired(of_marks(marks), of_marks(other))
+    assert found.detectable == pytest.approx(6 / 80), "one changed answer has next to no spread"
+    (few,) = stats.paired(of_marks(marks[:5]), of_marks(other[:5]))
+    assert few.detectable is None, "five images cannot be significant"
+
+
 def test_equal_differences_tie_however_they_were_added_up() -> None:
     rng = np.random.default_rng(3)
     marks = rng.random((141, 3, 1)) < 0.9

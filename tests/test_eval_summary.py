@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from folders import COST
 from rich.console import Console
-from rows import TITLES, metric, row, sweep
+from rows import TITLES, metric, paired, row, sweep
 
 from vlmattn.errors import DataError
 from vlmattn.eval import stats, summary
@@ -55,8 +55,12 @@ def run(wrong: int, label: str = "none", failed: int = 0, questions: int = 120) 
 
 
 def text_of(rows: Any, width: int = 160) -> str:
+    return printed(summary.tables("scenes: test", rows, width), width)
+
+
+def printed(tables: Any, width: int = 160) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    console.print(*summary.tables("scenes: test", rows, width))
+    console.print(*tables)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -86,6 +90,112 @@ def test_equal_runs_differ_in_nothing() -> None:
     assert {pair.difference for pair in same.versus.values()} == {0.0}
     assert not any(pair.significant() for pair in same.versus.values())
     assert "±0.0" in summary.cell(same, same.metrics[0]) and "*" not in summary.cell(same, same.metrics[0])
+
+
+def with_control(right: int = 60) -> list[summary.Row]:
+    """A baseline, a method, its random tokens and a method without any."""
+    base, fastv, random = run(6), run(20, "fastv"), run(right, "random")
+    return [
+        summary.row(base, role="baseline"),
+        summary.row(fastv, base, control=random),
+        summary.row(run(12, "var"), base),
+        summary.row(random, base, role="control"),
+    ]
+
+
+def test_a_method_is_tested_against_its_random_tokens() -> None:
+    rows = with_control()
+    assert [entry.control for entry in rows] == ["", "random", "", ""]
+    assert [bool(entry.versus_control) for entry in rows] == [False, True, False, False]
+    pair = rows[1].versus_control["mean_accuracy"]
+    assert pair.difference == pytest.approx(40 / 120) and pair.significant()  # 100 of 120 right, 60 of random tokens
+    assert rows[1].versus["mean_accuracy"].difference == pytest.approx(-14 / 120)
+    stored = rows[1].to_dict()
+    assert stored["control"] == "random" and stored["versus_control"]["mean_accuracy"]["p_holm"] == pair.p_holm
+    assert "title" not in stored["versus_control"]["mean_accuracy"] and rows[0].to_dict()["versus_control"] == {}
+    assert rows[1].to_dict()["images"]["mean_accuracy"] == 60
+
+
+def test_questions_that_random_tokens_lost_are_not_in_their_differences() -> None:
+    found = summary.row(run(0, "fastv"), run(1), control=run(0, "random", failed=30))
+    assert found.versus_control["mean_accuracy"].images == 45 and found.versus["mean_accuracy"].images == 60
+    assert found.note == "30 questions that only one of it and random answered are not in differences"
+
+
+def test_the_terminal_has_a_second_table_of_methods_tested_against_random_tokens() -> None:
+    rows = with_control()
+    assert len(summary.tables("toy", [rows[0], rows[2]])) == 1
+    *_, last = summary.tables("toy", rows)
+    assert last.title == "against random tokens at the same layer" and last.row_count == 1
+    text = printed([last])
+    assert "fastv" in text and "+33.3*" in text and "var" not in text and "−" not in text
+    notes = summary.notes(rows)
+    assert any(note.startswith("Against random tokens") and "p < 0.05" in note for note in notes)
+    assert not any(note.startswith("Against random tokens") for note in summary.notes(rows, differences=False))
+    assert any(note.endswith("no difference was found.") for note in summary.notes(with_control(20)))
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_table_against_random_tokens_fits_the_terminal(width: int) -> None:
+    rows = [dataclasses.replace(entry, control="r", versus_control=entry.versus) for entry in sweep()]
+    few = len(summary.tables("t", [dataclasses.replace(entry, versus_control={}) for entry in rows], width))
+    text = printed(summary.tables("t", rows, width)[few:], width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for shown in summary.metrics(rows, headline=True):
+        assert all(summary.control_text(entry, shown) in text for entry in rows[1:])
+
+
+def test_csv_has_the_difference_to_random_tokens_of_headlines() -> None:
+    first, second, third, _ = lines(with_control())
+    assert second["control"] == "random" and third["control"] == ""
+    assert float(second["mean_accuracy.difference_to_random"]) == pytest.approx(40 / 120)
+    assert 0 < float(second["mean_accuracy.p_holm_to_random"]) < 0.05
+    assert first["mean_accuracy.p_holm_to_random"] == third["mean_accuracy.difference_to_random"] == ""
+    random = {name.removesuffix(".difference_to_random") for name in second if name.endswith("difference_to_random")}
+    assert random == {shown.key for shown in summary.metrics(with_control(), headline=True)}
+    assert random < {shown.key for shown in summary.metrics(with_control())}
+
+
+def changed(entry: Run, **more: Any) -> Run:
+    """The run with parts of its first record replaced."""
+    first, *others = entry.records
+    return dataclasses.replace(entry, records=[{**first, **more}, *others])
+
+
+IDLE = "changes nothing here: all answers and costs are those of none"
+
+
+def test_a_method_that_does_nothing_says_so() -> None:
+    base, same = run(6), run(6, "var")
+    assert summary.row(same, base).note == IDLE
+    assert summary.row(same, base, role="control").note == summary.row(same).note == ""
+    assert summary.row(run(7, "var"), base).note == ""
+    half = {**COST, "visual_per_layer": [n // 2 for n in COST["visual_per_layer"]]}
+    for more in ({"text": "y"}, {"cost": half}, {"cost": {**COST, "prefill_macs": 1}}):
+        assert summary.row(changed(same, **more), base).note == ""
+    assert f"var: {IDLE}." in summary.notes([summary.row(base, role="baseline"), summary.row(same, base)])
+
+
+def test_a_method_that_moves_margins_does_something() -> None:
+    base, same = changed(run(6), margin=1.0), run(6, "vhr")
+    assert summary.row(changed(same, margin=1.0001), base).note == IDLE  # another order of sums
+    assert summary.row(changed(same, margin=1.4), base).note == IDLE.replace("nothing", "no answer")
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([144, 144, 144, 0], "layers 0 to 2 still saw"),
+        ([144, 144, 0, 0], "layers 0 and 1 still saw"),
+        ([144, 0, 0, 0], "layer 0 still saw"),
+        ([0, 0, 0, 0], ""),
+        ([144, 144, 144, 36], ""),
+    ],
+)
+def test_layers_that_saw_the_image_before_it_was_dropped_are_told(layers: list[int], said: str) -> None:
+    records = [{**record, "cost": {**COST, "visual_per_layer": layers}} for record in run(6).records]
+    note = summary.row(dataclasses.replace(run(6, "noimage"), records=records), run(7), role="control").note
+    assert note == (f"{said} the image; what they read stays" if said else "")
 
 
 def test_questions_that_one_run_lost_are_left_out_of_differences() -> None:
@@ -213,15 +323,15 @@ def below_floor() -> summary.Row:
 
 def test_a_level_below_the_floor_is_a_dash_with_the_floor() -> None:
     entry = below_floor()
-    assert entry.role == "below floor" and entry.label == "fastv(keep=-, before_layer=2) at 0.35"
-    assert "leaves 72.5 of 144 visual tokens a layer on average, 0.503" in entry.note
+    assert entry.role == "below floor" and entry.label == "fastv(before_layer=2) at 0.35"
+    assert "leaves 72.5 of 144 visual tokens a layer on average; the floor is 50.3 %" in entry.note
     rows = [*sweep(), entry]
     text = text_of(rows)
     for line in text.splitlines():
-        if line.startswith(" fastv(keep=-"):
-            assert set(line.removeprefix(" fastv(keep=-, before_layer=2) at 0.35").split()) == {"-"}
+        if line.startswith(" fastv(before_layer=2) at"):
+            assert set(line.removeprefix(" fastv(before_layer=2) at 0.35").split()) == {"-"}
     assert "floor 72.5" in text
-    assert summary.notes(rows)[-1].startswith("fastv(keep=-, before_layer=2) at 0.35: level 0.35 is below")
+    assert summary.notes(rows)[-1].startswith("fastv(before_layer=2) at 0.35: level 0.35 cannot be reached")
     last = lines(rows)[-1]
     assert last["floor"] == "72.5" and last["mean_accuracy"] == "" and last["spec"] == ""
     assert r"-- {\scriptsize floor 72.5}" in summary.latex(rows)
@@ -275,13 +385,18 @@ def test_latex_names_are_escaped() -> None:
     )
 
 
-def test_latex_marks_the_best_comparable_method_or_control() -> None:
+def differing(entry: summary.Row, difference: float, p: float) -> summary.Row:
+    """The row with that difference to the baseline in all metrics."""
+    return dataclasses.replace(entry, versus={key: paired(key, difference, p) for key in entry.versus})
+
+
+def test_latex_marks_the_best_comparable_method_or_control_that_is_better_than_the_baseline() -> None:
     rows = [
-        row("none", 0.99, 144, 9.0, "baseline"),
-        row("fastv", 0.8, 72, 5.0),
-        row("uniform", 0.8, 72, 5.0),
-        row("random", 0.6, 72, 5.0, "control"),
-        row("broken", 0.95, 72, 5.0, invalid="collapsed"),
+        row("none", 0.7, 144, 9.0, "baseline"),
+        differing(row("fastv", 0.8, 72, 5.0), 0.1, 0.001),
+        differing(row("uniform", 0.8, 72, 5.0), 0.1, 0.001),
+        differing(row("random", 0.6, 72, 5.0, "control"), -0.1, 0.001),
+        differing(row("broken", 0.95, 72, 5.0, invalid="collapsed"), 0.25, 0.001),
     ]
     found = cells(summary.latex(rows))
     keys = [metric.key for metric in summary.metrics(rows, headline=True)]
@@ -291,6 +406,29 @@ def test_latex_marks_the_best_comparable_method_or_control() -> None:
     assert [r"\textbf" in line[lowest] for line in found] == [False, False, False, True, False]
     assert not any(r"\textbf" in line[neither] for line in found)
     assert not any(r"\textbf" in cell for line in cells(summary.latex(rows[:2])) for cell in line)  # no contest
+
+
+def test_latex_marks_no_value_that_may_be_chance_or_is_worse_than_the_baseline() -> None:
+    base, first, second = row("none", 0.85, 144, 9.0, "baseline"), row("fastv", 0.8, 72, 5.0), row("var", 0.7, 144, 9.0)
+    accuracy, chair = (
+        1 + [metric.key for metric in summary.metrics([base], headline=True)].index(key)
+        for key in ("mean_accuracy", "caption.chair_s")
+    )
+
+    def bold(difference: float, p: float) -> list[bool]:
+        """Of the best accuracy, and of the lowest share of captions with a hallucination."""
+        found = cells(summary.latex([base, *(differing(entry, difference, p) for entry in (first, second))]))
+        return [r"\textbf" in found[1][accuracy], r"\textbf" in found[2][chair]]
+
+    assert bold(0.02, 0.001) == [True, False]
+    assert bold(-0.02, 0.001) == [False, True]
+    assert bold(0.02, 0.3) == bold(-0.02, 0.3) == [False, False]
+    alone = differing(second, 0.02, 0.001)  # a value that is not the best of its column
+    assert not any(
+        r"\textbf" in cell
+        for line in cells(summary.latex([base, first, alone]))[2:]
+        for cell in line[accuracy : accuracy + 1]
+    )
 
 
 def bench() -> Benchmark:

@@ -12,9 +12,10 @@ import pytest
 
 from vlmattn.errors import DataError
 from vlmattn.eval import bench as benches
-from vlmattn.eval import grid, lineup, models, runner, summary
+from vlmattn.eval import controls, grid, lineup, models, runner, stats, summary
 from vlmattn.eval.answer import yes_no_tokens
 from vlmattn.eval.records import kept_tokens, read_records, read_run
+from vlmattn.spec import parse
 
 SPECS = {"none": "none", "fastv(keep=0.25, before_layer=2)": "fastv", "uniform(keep=0.25)": "uniform"}
 FASTV, UNIFORM = "fastv-keep=0.25,before_layer=2", "uniform-keep=0.25"
@@ -193,6 +194,49 @@ def test_matched_levels_and_controls_make_the_rows() -> None:
     assert len({entry.spec for entry in found if entry.spec}) == sum(bool(entry.spec) for entry in found)
     row = summary.below_floor(found[2].below)
     assert "floor" in row.note
+
+
+def controls_of(methods: str, seeds: int = 0, baseline: str = "none") -> dict[str, str]:
+    specs = lineup.with_baseline(grid.expand(methods), baseline)
+    return lineup.matching_controls(lineup.line_up(specs, num_layers=6, seeds=seeds), 6)
+
+
+def test_a_method_is_paired_with_the_random_row_of_its_own_layer_and_budget() -> None:
+    fastv, early = "fastv(keep=0.25, before_layer=2)", "uniform(keep=0.25)"
+    assert controls_of(f"{fastv}; {early}; vhr") == {}
+    added = controls_of(f"{fastv}; {early}; vhr; {fastv} + var", seeds=2)
+    assert added[fastv] == added[f"{fastv} + var"] == "random(keep=0.25, before_layer=2)"
+    assert controls.resolved(added[early], 6) == controls.resolved("random(keep=0.25, before_layer=0)", 6)
+    assert len(added) == 3  # vhr prunes nothing, controls have no controls
+
+
+def test_a_random_row_that_was_typed_counts_if_it_is_the_same() -> None:
+    fastv = "fastv(keep=0.25, before_layer=2)"
+    (typed,) = grid.expand("random(before_layer=2, keep=0.25)")
+    assert controls_of(f"{typed}; {fastv}") == {fastv: typed}
+    (plain,) = grid.expand("random(keep=0.25)")  # the layer is left to the method
+    layer = controls.resolved(plain, 6)
+    uniform = f"uniform(keep=0.25, before_layer={parse(layer)[0].before_layer})"
+    assert list(controls_of(f"{plain}; {uniform}").values()) == [plain]
+    for other in ("keep=0.5, before_layer=2", "keep=0.25, before_layer=3", "keep=0.25, before_layer=2, seed=1"):
+        assert controls_of(f"random({other}); {fastv}") == {}
+    assert controls_of(fastv, baseline=typed) == {}  # the baseline is compared with already
+
+
+def test_a_sweep_tests_methods_against_their_random_rows(loaded: models.Loaded, scenes: Any, tmp_path: Path) -> None:
+    specs = grid.expand("none; fastv(keep=0.25, before_layer=2); var; random(keep=0.25, before_layer=2)")
+    with models.quiet():
+        rows = runner.sweep(loaded, scenes, specs, tmp_path, settings())
+    assert [row.label for row in rows] == list(specs.values())
+    assert [row.control for row in rows] == ["", "random(keep=0.25, before_layer=2)", "", ""]
+    first, second = (runner.Run.load(tmp_path / name) for name in (runner.slug(rows[3].spec), FASTV))
+    pairs = {pair.key: pair for pair in stats.paired(first.tally, second.tally)}
+    assert rows[1].versus_control == pairs
+    assert rows[2].note.startswith("changes nothing here")  # no sinks, no redistribution
+    stored = json.loads((tmp_path / "summary.json").read_text())["runs"][1]
+    assert stored["control"] == rows[1].control and set(stored["versus_control"]) == set(pairs)
+    page = (tmp_path / "index.html").read_text()
+    assert "Against random tokens at the same layer" in page and "random tokens at the same layer in" in page
 
 
 def test_levels_as_typed() -> None:

@@ -119,8 +119,8 @@ def test_failed_questions_and_notes_stand_under_the_row_and_shared_ones_below_th
         ([pair(0.1, 0.01)], "better than none in a.accuracy (+10.0)"),
         ([pair(0.1, 0.01, "lower")], "worse than none in a.accuracy (+10.0)"),
         ([pair(0.1, 0.01, "neither")], "different in a.accuracy (+10.0)"),
-        ([pair(-0.1, 0.06)], "no difference beyond chance in 1 test"),
-        ([pair(-0.1, 0.01), pair(0.3, 0.5, key="b")], "no difference beyond chance in the other 1 of 2 tests"),
+        ([pair(-0.1, 0.06)], "no difference found in 1 test"),
+        ([pair(-0.1, 0.01), pair(0.3, 0.5, key="b")], "no difference found in the other 1 of 2 tests"),
         ([pair(-0.1, None)], "too few images to test a difference"),
         ([], "differences were not tested"),
     ],
@@ -132,6 +132,90 @@ def test_a_sentence_claims_what_a_test_says_and_nothing_else(pairs: list[stats.P
     assert claims == sum(entry.p_holm is not None and entry.p_holm < 0.05 for entry in pairs)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (
+            [pair(0.12, 0.01), pair(0.1, 0.9, key="b")],
+            "better than random tokens at the same layer in a.accuracy (+12.0)",
+        ),
+        ([pair(-0.12, 0.01)], "worse than random tokens at the same layer in a.accuracy (−12.0)"),
+        ([pair(-0.12, 0.01, "lower")], "better than random tokens at the same layer in a.accuracy (−12.0)"),
+        (
+            [pair(0.1, 0.06), pair(-0.3, 0.06, key="b")],
+            "not found better than random tokens at the same layer in any of 2 tests",
+        ),
+        ([pair(0.3, None)], "too few images to test it against random tokens"),
+        ([], ""),
+    ],
+)
+def test_a_sentence_tells_whether_a_method_beats_random_tokens(pairs: list[stats.Paired], said: str) -> None:
+    row = row_with(control="random", versus_control={entry.key: entry for entry in pairs})
+    sentence = views.sentence(row, "none")
+    assert said in sentence and ("random" in sentence) == bool(pairs)
+    better = any(entry.significant() and views._tone(entry) == "good" for entry in pairs)
+    assert (": better than random" in sentence or "; better than random" in sentence) == better
+
+
+def test_a_sentence_says_what_tests_without_a_finding_would_have_missed() -> None:
+    found, weak = pair(-0.3, 0.001), dataclasses.replace(pair(0.1, 0.4, key="b"), detectable=0.114)
+    told = "(differences of b below 11 points are easily missed)"
+    assert told in views.sentence(row_with(found, weak), "none")
+    assert "missed" not in views.sentence(row_with(dataclasses.replace(found, detectable=0.1)), "none")
+    assert "missed" not in views.sentence(row_with(dataclasses.replace(weak, detectable=None)), "none")
+    assert "missed" not in views.sentence(row_with(dataclasses.replace(weak, headline=False)), "none")
+    both = row_with(weak, versus_control={"b": weak})
+    assert views.sentence(both, "none").count(told) == 1
+    other = dataclasses.replace(weak, detectable=0.2)
+    assert "below 20 points" in views.sentence(row_with(weak, versus_control={"b": other}), "none")
+
+
+def test_power_is_that_of_methods_from_the_best_measured_to_the_worst() -> None:
+    _, rows, _ = sweep()
+    metric = summary.metrics(rows, headline=True)[0]
+
+    def seen(row: summary.Row, detectable: float | None) -> summary.Row:
+        tested = dataclasses.replace(row.versus[metric.key], detectable=detectable)
+        return dataclasses.replace(row, versus={**row.versus, metric.key: tested})
+
+    def power(*shares: float | None) -> list[str]:
+        shown = [rows[0], *map(seen, rows[1:4], shares)]
+        return [note for note in views.accuracy_table(shown).notes if note.startswith("Power")]
+
+    assert [row.role for row in rows[1:4]] == ["method", "method", "control"]
+    (note,) = power(0.04, 0.09, 0.5)
+    assert "with 20 images" in note and "of 4 to 9 points or more" in note and "50" not in note
+    (note,) = power(None, 0.09, 0.5)
+    assert "of 9 points or more between" in note
+    assert power(None, None, 0.5) == []
+
+
+def test_column_heads_say_how_many_images_a_metric_is_about() -> None:
+    _, rows, _ = sweep()
+    heads = [column.small for column in views.accuracy_table(rows).columns[1:]]
+    assert heads == ["%, 20 images"] * len(heads)
+    fewer = dataclasses.replace(rows[1], images={key: count - 1 for key, count in rows[1].images.items()})
+    assert views.accuracy_table([rows[0], fewer]).columns[1].small == "%, 19 to 20 images"
+    assert views.accuracy_table([dataclasses.replace(rows[0], images={})]).columns[1].small == "%"
+
+
+def test_the_page_has_a_table_against_random_tokens_where_rows_were_tested() -> None:
+    bench, rows, runs = sweep()
+    titles = [part.title for part in sweep_page().sections]
+    assert "Against random tokens at the same layer" not in titles
+    tested = [rows[0], summary.row(runs[1], runs[0], control=runs[3]), *rows[2:]]
+    shown = views.sweep_page("o", bench, tested, runs, {})
+    table = section(shown, "Against random tokens at the same layer")
+    (line,) = table.rows
+    assert line.cells[0].text == "fastv(keep=0.1)" and line.notes == ["against random(keep=0.1)"]
+    for cell, metric in zip(line.cells[1:], summary.metrics(rows, headline=True), strict=True):
+        pair = tested[1].versus_control[metric.key]
+        assert cell.value == pair.difference > 0 and cell.text == summary.difference_text(pair)
+        assert cell.tone == ("good" if pair.significant() else "")
+    assert [column.small for column in table.columns[1:]] == ["points, 20 images"] * (len(table.columns) - 1)
+    assert "random tokens at the same layer" in next(text for text in shown.lead if text.startswith("fastv"))
+
+
 def test_the_lead_of_a_sweep_names_what_was_found() -> None:
     _, rows, runs = sweep()
     lead = views.sweep_lead(sweep()[0], rows, runs[0])
@@ -139,7 +223,11 @@ def test_the_lead_of_a_sweep_names_what_was_found() -> None:
     assert "2 methods and 1 control" in lead[0]
     worse, same = lead[2:]
     assert worse.startswith("fastv(keep=0.1): 4 of 36 visual tokens a layer, 11 % of the prefill MACs; worse than none")
-    assert same == "vhr: no token dropped; no difference beyond chance in 5 tests."
+    shown = f"{100 * rows[2].versus['mean_f1'].detectable:.2g}"  # type: ignore[operator]
+    assert same == (
+        "vhr: no token dropped; no difference found in 5 tests "
+        f"(differences of mean F1 below {shown} points are easily missed)."
+    )
 
 
 @pytest.mark.parametrize(("model", "warned"), [("scenes-llava", True), ("org/model", False)])
@@ -177,6 +265,16 @@ def test_flips_are_counted_by_direction_by_yes_and_no_and_by_task() -> None:
     assert counts["yes → no"] == f"{turned['yes', 'lost']} + {turned['yes', 'won']}"
     assert counts["no → yes"] == f"{turned['no', 'lost']} + {turned['no', 'won']}"
     assert sum(int(part) for group in page_runs.GROUPS for part in counts[group].split(" + ")) == len(flips)
+
+
+def test_tasks_without_a_changed_answer_have_no_column() -> None:
+    items = page_runs.questions(4)
+    wrong = [item.id for item in items if item.group == "popular"][:3]
+    base, run = page_runs.make_run("none", items), page_runs.make_run("a", items, wrong)
+    table = flipped.table([flipped.Side("a", base, run, compare.find_flips(base, run))])
+    titles = [column.title for column in table.columns]
+    assert table.title == "Changed answers" and titles[-1] == "popular"
+    assert not {"random", "adversarial"} & set(titles)
 
 
 def sides() -> list[flipped.Side]:
@@ -293,8 +391,8 @@ def test_questions_left_out_of_a_comparison_are_told() -> None:
 def test_equal_runs_are_said_to_be_equal() -> None:
     items = page_runs.questions(4)
     shown = views.comparison_page(compare.compare([page_runs.make_run(name, items) for name in "ab"]))
-    assert "No answer turned" in page.render(shown)
-    assert shown.lead[1] == "b: no token dropped; no difference beyond chance in 5 tests."
+    assert "No answer changed" in page.render(shown)
+    assert shown.lead[1] == "b: no token dropped; no difference found in 5 tests."
 
 
 def test_facts_give_all_values_where_runs_differ() -> None:

@@ -31,7 +31,8 @@ class Match:
         average: visual tokens per layer that `spec` has; None without a spec.
         floor: the fewest visual tokens per layer that the method can have: its average with a single token kept.
         visual_tokens: of the image that was counted with.
-        label: what tables call it: `spec` with its `keep` even where that is the default, or the method and the level.
+        label: what tables call it: `spec` with its `keep` even where that is the default; below the floor the method
+            without a `keep` and the level, such as "fastv(before_layer=2) at 0.35".
     """
 
     level: float | None
@@ -45,6 +46,17 @@ class Match:
     def floor_share(self) -> float:
         """The floor as a share of the image's visual tokens."""
         return self.floor / self.visual_tokens
+
+    @property
+    def floor_text(self) -> str:
+        """What a table says about a level below the floor; "" where the level is reached."""
+        if self.level is None or self.spec is not None:
+            return ""
+        return (
+            f"level {self.level:g} cannot be reached: with its smallest budget the method leaves {self.floor:.4g} of "
+            f"{self.visual_tokens} visual tokens a layer on average; the floor is {100 * self.floor_share:.1f} % of "
+            "the visual tokens"
+        )
 
 
 def match_average_tokens(
@@ -97,7 +109,7 @@ def match_average_tokens(
         changed: Any = dataclasses.replace(pruners[0], keep=keep)  # type: ignore[call-arg]
         return list(changed.expected_tokens(visual_tokens, num_layers, grid))
 
-    def spec_of(keep: float) -> str:
+    def spec_of(keep: Any) -> str:
         return specs.text(specs.replace(methods, f"{pruners[0].name}.keep", keep))
 
     def label_of(keep: float) -> str:
@@ -107,6 +119,8 @@ def match_average_tokens(
         per_layer = pruners[0].expected_tokens(visual_tokens, num_layers, grid) if pruners else [visual_tokens]
         average = fmean(per_layer)
         return [Match(None, specs.text(methods), average, average, visual_tokens, specs.text(methods))]
+    default = next(field.default for field in dataclasses.fields(pruners[0]) if field.name == "keep")
+    bare = spec_of(default)  # a default is not written
     smallest = counts(1)
     floor, chosen = fmean(smallest), levels
     if chosen is None:
@@ -116,8 +130,7 @@ def match_average_tokens(
     for level in chosen:
         target = level * visual_tokens
         if floor - target > step / 2:
-            label = spec_of(_UNUSUAL).replace(repr(_UNUSUAL), "-")
-            found.append(Match(level, None, None, floor, visual_tokens, f"{label} at {level:g}"))
+            found.append(Match(level, None, None, floor, visual_tokens, f"{bare} at {level:g}"))
             continue
         tokens = min(_near(target, visual_tokens, counts), key=lambda n: (abs(fmean(counts(n)) - target), n))
         keep = next(share for share in _shares(tokens, visual_tokens) if counts(share) == counts(tokens))

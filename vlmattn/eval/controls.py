@@ -21,6 +21,8 @@ from vlmattn.eval.tally import Tally
 if TYPE_CHECKING:
     from vlmattn.eval.runs import Run
 
+BLIND = "noimage(before_layer=0)"
+"""The model without any visual token in any layer."""
 REPEATED, LENGTH = "repeated_4", "length"
 REPEATED_TIMES = 3.0
 """How many times the baseline's share of repeated 4-grams marks a collapse."""
@@ -35,11 +37,18 @@ class Control(NamedTuple):
 
     Attributes:
         bias: what was added to the margin (logit of "yes" minus logit of "no").
-        run: the answers with that bias, labelled "threshold(+0.37)".
+        run: the answers with that bias, labelled "threshold(logit +0.37)".
+        images: how many images the bias was tuned on.
     """
 
     bias: float
     run: Run
+    images: int
+
+    @property
+    def note(self) -> str:
+        """What a table says about it: "tuned on 200 validation images"."""
+        return f"tuned on {self.images} validation image{'' if self.images == 1 else 's'}"
 
 
 def specs_for(specs: Iterable[str], *, num_layers: int, seeds: int = 1) -> dict[str, str]:
@@ -47,7 +56,8 @@ def specs_for(specs: Iterable[str], *, num_layers: int, seeds: int = 1) -> dict[
 
     For every spec with pruners: `random` with the same budget before the same layer, once a seed (several pruners: as
     many random stages), and `noimage` before the first of the layers. Editors of attention in the spec are not repeated
-    in its controls. Pruners that are controls themselves or keep everything get no random row.
+    in its controls. Pruners that are controls themselves or keep everything get no random row. The fully blind model,
+    `noimage(before_layer=0)`, is always among them: what it scores, the questions alone give away.
 
     Args:
         specs: spec texts that are run.
@@ -55,24 +65,13 @@ def specs_for(specs: Iterable[str], *, num_layers: int, seeds: int = 1) -> dict[
         seeds: how many random rows.
 
     Returns:
-        Canonical spec text -> label with layer and budget, random rows first, each once, without those that are in
-        `specs` already.
+        Canonical spec text -> label with layer and budget, also where they are the defaults: random rows first, the
+        blind one last, each once, without those that are in `specs` already.
 
     Raises:
         SpecError, LayerError: a spec cannot be read, or does not fit the depth.
     """
     from vlmattn import spec as language
-
-    def resolved(methods: Iterable[Any]) -> str:
-        """Canonical text with every pruner's layer written out."""
-        return language.text(
-            [
-                dataclasses.replace(method, before_layer=method.resolve_layer(num_layers))
-                if method.kind == "prune"
-                else method
-                for method in methods
-            ]
-        )
 
     parsed = [language.parse(spec) for spec in specs]
     random: list[str] = []
@@ -88,9 +87,25 @@ def specs_for(specs: Iterable[str], *, num_layers: int, seeds: int = 1) -> dict[
         for seed in range(seeds):
             stages = zip(pruners, layers, strict=True)
             random.append(" + ".join(_random(pruner, layer, seed) for pruner, layer in stages))
-    known = {resolved(methods) for methods in parsed}
-    wanted = {resolved(language.parse(label)): label for label in (*random, *empty)}
+    known = {_resolved(methods, num_layers) for methods in parsed}
+    empty = [label for label in empty if label != BLIND]
+    wanted = {resolved(label, num_layers): label for label in (*random, *empty, BLIND)}
     return {text: label for text, label in wanted.items() if text not in known}
+
+
+def resolved(spec: str, num_layers: int) -> str:
+    """Canonical text with every pruner's layer written out: equal for specs that do the same in this depth.
+
+    Args:
+        spec: spec text.
+        num_layers: decoder layers of the model.
+
+    Raises:
+        SpecError, UnknownMethodError, LayerError: the spec cannot be read, or does not fit the depth.
+    """
+    from vlmattn import spec as language
+
+    return _resolved(language.parse(spec), num_layers)
 
 
 def threshold(base: Run, validation: Run) -> Control:
@@ -117,7 +132,9 @@ def threshold(base: Run, validation: Run) -> Control:
     _margins(base)
     bias = best_bias(*_margins(validation))
     records = [_decided(base, record, bias) for record in base.records]
-    return Control(bias, dataclasses.replace(base, folder="", label=f"threshold({bias:+.3g})", records=records))
+    run = dataclasses.replace(base, folder="", label=f"threshold(logit {bias:+.3g})", records=records)
+    asked = _yes_no(validation) - set(validation.failed)
+    return Control(bias, run, len({item.image for item in validation.items if item.id in asked}))
 
 
 def best_bias(margins: ArrayLike, gold: ArrayLike, groups: Sequence[str]) -> float:
@@ -171,6 +188,19 @@ def collapse(base: Tally, other: Tally) -> dict[str, str]:
                 f"mean length {now:.1f} words, {was:.1f} in the baseline{moved}"
             )
     return {group: f"{group}: {'; '.join(told)}" for group, told in reasons.items()}
+
+
+def _resolved(methods: Iterable[Any], num_layers: int) -> str:
+    from vlmattn import spec as language
+
+    return language.text(
+        [
+            dataclasses.replace(method, before_layer=method.resolve_layer(num_layers))
+            if method.kind == "prune"
+            else method
+            for method in methods
+        ]
+    )
 
 
 def _random(pruner: Any, layer: int, seed: int) -> str:

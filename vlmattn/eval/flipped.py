@@ -1,4 +1,4 @@
-"""Answers that turned from right to wrong and back, for a page: counts, and examples with the tokens that were kept."""
+"""Answers that changed from right to wrong and back, for a page: counts, and examples with the tokens kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Side:
     Attributes:
         label: what the page calls the run.
         first, second: the run compared with, and the run.
-        flips: answers that turned from right to wrong or back, in the order of the benchmark.
+        flips: answers that changed from right to wrong or back, in the order of the benchmark.
     """
 
     label: str
@@ -45,7 +45,7 @@ class Side:
 
 
 def sections(sides: Sequence[Side], open_image: OpenImage, examples: int) -> list[page.Section]:
-    """What a page says about the answers that turned; nothing without sides.
+    """What a page says about changed answers; nothing without sides.
 
     Args:
         sides: runs, all against the same one.
@@ -56,19 +56,19 @@ def sections(sides: Sequence[Side], open_image: OpenImage, examples: int) -> lis
         return []
     total = sum(len(side.flips) for side in sides)
     if not total:
-        return [page.Prose("Answers that turned", ["No answer turned from right to wrong or back."])]
+        return [page.Prose("Changed answers", ["No answer changed from right to wrong or back."])]
     shown = [example(side, flip, open_image) for side, flip in pick(sides, examples)]
     how = (
         f"{len(shown)} of {total}, spread evenly over methods, tasks and directions; of each kind the first in the "
         "order of the benchmark. They show what changes, not how often it does: the counts above say that. Kept tokens "
         "are bright with an orange edge, dropped ones dim."
     )
-    gallery = [page.Gallery("Examples of answers that turned", shown, [how])] if shown else []
+    gallery = [page.Gallery("Examples of changed answers", shown, [how])] if shown else []
     return [table(sides), *gallery]
 
 
 def table(sides: Sequence[Side]) -> page.Table:
-    """How many answers turned: by direction, by what became of yes and no, and by task."""
+    """How many answers changed: by direction, by what became of yes and no, and by task where some did."""
     turns = [Counter((flip.first_verdict, flip.second_verdict) for flip in side.flips) for side in sides]
     answers = [turn for turn in (("yes", "no"), ("no", "yes")) if any(count[turn] for count in turns)]
     there = {flip.group for side in sides for flip in side.flips}
@@ -92,7 +92,7 @@ def table(sides: Sequence[Side]) -> page.Table:
         f"Question by question against {sides[0].first.label}: \u201c12 + 3\u201d means that 12 right answers became "
         "wrong and 3 wrong ones right. Those columns sort by the sum."
     ]
-    return page.Table("Answers that turned", columns, body, notes=notes)
+    return page.Table("Changed answers", columns, body, notes=notes)
 
 
 def pick(sides: Sequence[Side], count: int) -> list[tuple[Side, Flip]]:

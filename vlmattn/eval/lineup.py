@@ -107,8 +107,36 @@ def line_up(
     if seeds:
         run = [entry.spec for entry in found if entry.spec]
         extra = controls.specs_for(run, num_layers=num_layers, seeds=seeds)
-        found += [Entry(_label(spec), spec, "control") for spec in extra]
+        found += [Entry(label, spec, "control") for spec, label in extra.items()]
     return list({entry.spec or entry.label: entry for entry in reversed(found)}.values())[::-1]
+
+
+def matching_controls(entries: Sequence[Entry], num_layers: int) -> dict[str, str]:
+    """What each method with pruners is to be tested against beside the baseline: its own random row.
+
+    That is the row with random tokens, the same budget before the same layer and seed 0, as `controls.specs_for` makes
+    it. It counts whether `--controls` added it or it was typed; the baseline does not, because every row is compared
+    with it anyway.
+
+    Args:
+        entries: the rows of a sweep, the baseline first.
+        num_layers: decoder layers of the model.
+
+    Returns:
+        Spec of a method -> spec of its random row; without methods that have none in the sweep.
+    """
+    from vlmattn import spec as specs
+    from vlmattn.eval import controls
+
+    there = {controls.resolved(entry.spec, num_layers): entry.spec for entry in entries[1:] if entry.spec}
+    found = {}
+    for entry in entries:
+        if entry.role != "method" or not entry.spec:
+            continue
+        for control in controls.specs_for([entry.spec], num_layers=num_layers, seeds=1):
+            if control in there and all(method.name == "random" for method in specs.parse(control)):
+                found[entry.spec] = there[control]
+    return found
 
 
 def _label(spec: str) -> str:

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette without yellow: apart for colour-blind readers; in grey print the markers tell.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-MARKERS = "osD^vPX<>"
+MARKERS = "os^DvP<"
+"""With six colours, seven markers: 42 methods in a row of the registry all look different."""
 GREY, INK = "#8a8a8a", "#222222"
 LABEL_SIZE = 7.5
+GAP = np.array([-3.0, 0.0, 3.0, 0.0])
+"""What stays free around a label, in points: two labels side by side would read as one."""
+ARROWS = {-1: "▾", 1: "▴"}
 Boxes = NDArray[np.float64]
 """(N, 4) or (4,): left, bottom, right, top in pixels."""
 Measure = Literal["measured", "macs", "tokens"]
@@ -40,12 +44,14 @@ class Point:
     """One row in a graph.
 
     Attributes:
-        label: beside the marker, "" for none.
-        family: what has one colour and one line, for instance "fastv".
+        label: beside the marker, "" for none; only methods have one.
+        family: what has one colour and marker, for instance "fastv".
         x: its cost.
         value: in the unit of the axis.
         interval: (low, high) in the same unit, or None.
         role: of the row.
+        series: points of one family and series are joined by a line.
+        crossed: whether it is crossed out, because the row must not be compared.
     """
 
     label: str
@@ -54,6 +60,8 @@ class Point:
     value: float
     interval: tuple[float, float] | None = None
     role: Role = "method"
+    series: str = ""
+    crossed: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,10 @@ class Graph:
 def tradeoff(rows: Sequence[Row], keys: Sequence[str] = (), x: Sequence[Measure] = ("measured", "macs")) -> str:
     """Metrics of a sweep against its costs: a row of graphs per metric, a column per cost; an `<svg>` element.
 
-    Methods have a colour and a marker each, their budgets are joined by a line; controls are hollow and grey, rows that
-    must not be compared are crossed out, the baseline is a dashed line with its interval as a band.
+    Methods have a colour and a marker each, given by their place in the registry; their budgets are labelled and joined
+    by a line for each layer. Controls are hollow and grey and have no label; rows that must not be compared are crossed
+    out; the baseline is a dashed line with its interval as a band. The values of the baseline and the methods decide
+    what the upright axis spans; a control beyond it stands at the edge, with an arrow.
 
     Args:
         rows: of the sweep; those without numbers are left out.
@@ -98,12 +108,14 @@ def graph(rows: Sequence[Row], key: str, x: Measure, name: str = "") -> Graph:
         assert value is not None
         points.append(
             Point(
-                label=f"{label} †".strip() if entry.invalid else label,
+                label=label if entry.role == "method" else "",
                 family=family,
                 x=_cost(entry, x),
                 value=scale * value,
                 interval=None if interval is None else (scale * interval[0], scale * interval[1]),
                 role=entry.role,
+                series=_series_of(entry),
+                crossed=bool(entry.invalid),
             )
         )
     return Graph(name, AXES[x], key if metric is None else title(metric), points)
@@ -114,7 +126,7 @@ def families(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
     "fastv(keep=0.5, before_layer=2)" and "fastv(keep=0.25, before_layer=2)" are of the family "fastv", labelled 0.5 and
     0.25: `keep` is always told and needs no name; a layer is "L2". A control that is no method, such as
-    "threshold(+0.37)", is a family of its own.
+    "threshold(logit +0.37)", is a family of its own.
     """
     read = [_read(entry) for entry in rows]
     told: dict[str, list[Mapping[str, str]]] = {}
@@ -126,6 +138,11 @@ def families(rows: Sequence[Row]) -> list[tuple[str, str]]:
         shown = [name for name in values if name in differ or name.endswith("keep") or not name]
         found.append((family, " ".join(_told(name, values[name]) for name in shown)))
     return found
+
+
+def _series_of(entry: Row) -> str:
+    """All parameters but the budgets: what two rows must share to be joined."""
+    return ", ".join(f"{name}={value}" for name, value in _read(entry)[1].items() if not name.endswith("keep"))
 
 
 def _told(name: str, value: str) -> str:
@@ -187,15 +204,43 @@ def _figure(graphs: Sequence[Graph], columns: int) -> Figure:
 
 def _legend_title(graphs: Sequence[Graph]) -> str | None:
     """What the labels say, as far as there are any."""
-    labels = [part for graph in graphs for point in graph.points for part in point.label.split()]
+    points = [point for graph in graphs for point in graph.points]
+    labels = [part for point in points for part in point.label.split()]
     told = []
     if any(part[:1].isdecimal() for part in labels):
-        told.append("numbers: visual tokens kept")
+        told.append("numbers: keep")
     if any(re.fullmatch(r"L\d+", part) for part in labels):
         told.append("L2: from layer 2 on")
-    if "†" in labels:
-        told.append("† not comparable, see the table")
+    if any(point.crossed for point in points):
+        told.append("crossed out: not comparable, see the table")
+    if arrows := sorted({arrow for graph in graphs for point in graph.points if (arrow := _beyond(graph, point))}):
+        told.append(f"{' '.join(ARROWS[arrow] for arrow in arrows)} at the edge: control beyond the axis")
     return "; ".join(told) or None
+
+
+def _span(graph: Graph) -> tuple[float, float]:
+    """What the upright axis shows: baseline and methods with their intervals, and room; everything without methods."""
+    points = graph.points
+    if any(point.role == "method" for point in points):
+        points = [point for point in points if point.role in ("baseline", "method")]
+    ends = [end for point in points for end in (point.value, *(point.interval or ()))]
+    if not ends:
+        return 0.0, 1.0
+    room = 0.12 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
+    return min(ends) - room, max(ends) + room
+
+
+def _beyond(graph: Graph, point: Point) -> int:
+    """-1 for a point below what the upright axis shows, 1 for one above, 0 for others."""
+    low, high = _span(graph)
+    return (point.value > high) - (point.value < low)
+
+
+def _height(graph: Graph, point: Point) -> float:
+    """Where a point is drawn: at its value, or just inside the edge that it is beyond."""
+    low, high = _span(graph)
+    inside = 0.05 * (high - low)
+    return {-1: low + inside, 0: point.value, 1: high - inside}[_beyond(graph, point)]
 
 
 @dataclass(frozen=True)
@@ -208,22 +253,45 @@ class _Look:
 
 
 def _looks(graphs: Sequence[Graph]) -> dict[tuple[Role, str], _Look]:
-    """Colour, marker and line of every family of methods and of controls, by role and family."""
+    """Colour, marker and line of every family of methods and of controls, by role and family.
+
+    A method has the colour and the marker of its place in the registry, whatever else is drawn. A composition has the
+    colour of its first method, the marker of its last and a line of dashes and dots. Controls have markers only. Where
+    two would look the same, the later one gets the next marker that is free.
+    """
+    order = _order()
     found: dict[tuple[Role, str], _Look] = {}
     for role in ("method", "control"):
-        names = dict.fromkeys(point.family for graph in graphs for point in graph.points if point.role == role)
-        for number, family in enumerate(names):
-            marker = MARKERS[number % len(MARKERS)]
-            colour = COLOURS[number % len(COLOURS)]
+        names = {point.family for graph in graphs for point in graph.points if point.role == role}
+        used: set[tuple[str, str]] = set()
+        for family in sorted(names, key=lambda name: (name.count(" + "), order.get(name, len(order)), name)):
+            parts = family.split(" + ")
+            first, last = (order.get(part, len(order)) for part in (parts[0], parts[-1]))
+            colour = COLOURS[first % len(COLOURS)] if role == "method" else GREY
+            free = [MARKERS[(last + step) % len(MARKERS)] for step in range(len(MARKERS))]
+            marker = next((marker for marker in free if (colour, marker) not in used), free[0])
+            used.add((colour, marker))
             if role == "method":
-                found["method", family] = _Look(family, colour, colour, marker, "-")
+                found["method", family] = _Look(family, colour, colour, marker, "-" if len(parts) == 1 else "-.")
             else:
                 found["control", family] = _Look(f"{family} (control)", GREY, "white", marker, "none")
     return found
 
 
+def _order() -> dict[str, int]:
+    """Name of a method -> its place in the registry; a user's own methods come after those of the library."""
+    from vlmattn import spec
+    from vlmattn.methods.base import Method
+
+    library = Method.__module__.rpartition(".")[0] + "."
+    known = sorted(spec.registry().values(), key=lambda info: not info.cls.__module__.startswith(library))
+    return {info.name: place for place, info in enumerate(known)}
+
+
 def _fill(axes: Axes, graph: Graph, looks: Mapping[tuple[Role, str], _Look]) -> dict[str, Any]:
     """Draw everything but the labels; returns what the legend needs."""
+    from matplotlib.markers import CARETDOWN, CARETUP
+
     handles: dict[str, Any] = {}
     axes.set_title(graph.title, fontsize=10.5, loc="left")
     axes.set_xlabel(graph.across)
@@ -237,32 +305,42 @@ def _fill(axes: Axes, graph: Graph, looks: Mapping[tuple[Role, str], _Look]) -> 
         axes.plot(point.x, point.value, marker="*", color=INK, markersize=10, linestyle="none", zorder=3)
         handles[point.family] = axes.axhline(point.value, color=INK, linestyle="--", linewidth=1.1, zorder=1.5)
     for (role, family), look in looks.items():
-        mine = _series(graph, role, family)
-        if not mine:
-            continue
-        for point in mine:
-            if point.interval is not None:
-                axes.vlines(point.x, *point.interval, color=look.colour, linewidth=1.1, alpha=0.75, zorder=2)
-            if point.label.endswith("†"):
-                axes.plot(point.x, point.value, marker="x", color=INK, markersize=9, linestyle="none", zorder=4)
-        (handles[look.name],) = axes.plot(
-            [point.x for point in mine],
-            [point.value for point in mine],
-            marker=look.marker,
-            color=look.colour,
-            markerfacecolor=look.inside,
-            markersize=6.5,
-            linestyle=look.line,
-            linewidth=1.1,
-            zorder=3,
-        )
-    axes.margins(x=0.12, y=0.12)
+        for mine in _series(graph, role, family):
+            for point in mine:
+                if point.interval is not None:
+                    axes.vlines(point.x, *point.interval, color=look.colour, linewidth=1.1, alpha=0.75, zorder=2)
+                if point.crossed:
+                    spot = (point.x, _height(graph, point))
+                    axes.plot(*spot, marker="x", color=INK, markersize=9, linestyle="none", zorder=4)
+            (handles[look.name],) = axes.plot(
+                [point.x for point in mine],
+                [_height(graph, point) for point in mine],
+                marker=look.marker,
+                color=look.colour,
+                markerfacecolor=look.inside,
+                markersize=6.5,
+                linestyle=look.line,
+                linewidth=1.1,
+                zorder=3,
+            )
+    low, high = _span(graph)
+    for arrow, edge, marker in ((-1, low, CARETDOWN), (1, high, CARETUP)):
+        if beyond := [point.x for point in graph.points if _beyond(graph, point) == arrow]:
+            axes.plot(
+                beyond, [edge] * len(beyond), marker=marker, color=GREY, linestyle="none", clip_on=False, zorder=3
+            )
+    axes.margins(x=0.12)
+    axes.set_ylim(low, high)
     return handles
 
 
-def _series(graph: Graph, role: Role, family: str) -> list[Point]:
+def _series(graph: Graph, role: Role, family: str) -> list[list[Point]]:
+    """The points of a family, those that a line joins together, from left to right."""
     mine = [point for point in graph.points if point.role == role and point.family == family]
-    return sorted(mine, key=lambda point: (point.x, point.value))
+    return [
+        sorted((point for point in mine if point.series == name), key=lambda point: (point.x, point.value))
+        for name in dict.fromkeys(point.series for point in mine)
+    ]
 
 
 def _write_labels(axes: Axes, graph: Graph, looks: Mapping[tuple[Role, str], _Look]) -> None:
@@ -276,13 +354,13 @@ def _write_labels(axes: Axes, graph: Graph, looks: Mapping[tuple[Role, str], _Lo
     room, scale = axes.get_window_extent(renderer), figure.dpi / 72  # offsets are in points, extents in pixels
     taken, written = _occupied(axes, graph, looks), np.empty((0, 4))
     for point in sorted(graph.points, key=lambda point: (point.x, point.value)):
-        if not point.label or point.role == "baseline":
+        if not point.label or point.role != "method":
             continue
         measured = axes.text(0, 0, point.label, fontsize=LABEL_SIZE)
         spot, size = _pixels(axes, point.x, point.value), measured.get_window_extent(renderer)
         measured.remove()
         offset, box, away = _place(spot, size, taken, written, room, scale)
-        written = np.vstack([written, box])
+        written = np.vstack([written, box + GAP * scale])
         dark = tuple(0.7 * part for part in to_rgb(looks[point.role, point.family].colour))
         axes.annotate(
             point.label,
@@ -299,7 +377,7 @@ def _occupied(axes: Axes, graph: Graph, looks: Mapping[tuple[Role, str], _Look])
     """What labels should not cover: markers, interval bars, lines between budgets and the baseline."""
     taken = []
     for point in graph.points:
-        x, y = _pixels(axes, point.x, point.value)
+        x, y = _pixels(axes, point.x, _height(graph, point))
         taken.append((x - 5, y - 5, x + 5, y + 5))
         if point.role == "baseline":
             edges = axes.get_window_extent()
@@ -308,8 +386,8 @@ def _occupied(axes: Axes, graph: Graph, looks: Mapping[tuple[Role, str], _Look])
             low, high = (_pixels(axes, point.x, end)[1] for end in point.interval)
             taken.append((x - 1.5, low, x + 1.5, high))
     for (role, family), look in looks.items():
-        mine = _series(graph, role, family) if look.line != "none" else []
-        for first, second in pairwise(mine):
+        joined = _series(graph, role, family) if look.line != "none" else []
+        for first, second in (pair for mine in joined for pair in pairwise(mine)):
             start, end = _pixels(axes, first.x, first.value), _pixels(axes, second.x, second.value)
             for step in np.linspace(0, 1, 2 + int(max(abs(end - start)) / 4)):
                 x, y = start + (end - start) * step

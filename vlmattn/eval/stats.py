@@ -43,6 +43,8 @@ Test = Literal["mcnemar", "mcnemar, by image", "exchange", "none"]
 LEVEL = 0.05
 """What p after Holm's correction must be below to be called more than chance."""
 _BATCH = 4_000_000
+_FEWEST = 6
+"""So many images have to differ, all in one direction, for a two-sided p below 0.05: 2 / 2**6."""
 _EXTRA = "pip install 'vlmattn[eval]'"
 
 
@@ -207,7 +209,7 @@ def paired(
             mcnemar=single[number],
             images=images[number],
             standard_error=errors[number],
-            detectable=_possible(metric, detectable(errors[number], images[number])),
+            detectable=_visible(metric, first, errors[number], images[number]),
         )
         for number, metric in enumerate(metrics)
     )
@@ -400,9 +402,18 @@ def _exchange(
     return [float(p) for p in (far / len(flips) if every else (1 + far) / (1 + n_resamples))]
 
 
-def _possible(metric: Metric, difference: float | None) -> float | None:
-    """The difference, if a metric of this kind can have it: shares differ by at most 1."""
-    return None if difference is None or (metric.percent and difference > 1) else difference
+def _visible(metric: Metric, first: Tally, standard_error: float | None, images: int) -> float | None:
+    """The smallest true difference that is found, by the spread that was seen but never below what any test needs.
+
+    With fewer than six images no exchange is significant, and of a share of right answers six have to change. None
+    where it is beyond what the metric can have.
+    """
+    if images < _FEWEST or (found := detectable(standard_error, images)) is None:
+        return None
+    if metric.of_marks:
+        answers = sum(first.groups[key] in metric.groups for key in first.marks)
+        found = max(found, _FEWEST / answers)
+    return None if metric.percent and found > 1 else found
 
 
 def _turned(metric: Metric, first: Tally, second: Tally) -> list[str]:

@@ -71,6 +71,9 @@ class Row:
         collapsed: the groups whose captions collapsed, which is why.
         versus: metric key -> the difference to the baseline with its test; empty for the baseline itself.
         metrics: what the score consists of, in the order of the tables.
+        control: label of the row with random tokens, the same budget before the same layer; "" if there is none.
+        versus_control: metric key -> the difference to that row with its test.
+        images: metric key -> how many images it is about.
     """
 
     label: str
@@ -86,6 +89,9 @@ class Row:
     collapsed: tuple[str, ...] = ()
     versus: Mapping[str, Paired] = field(default_factory=dict)
     metrics: tuple[Metric, ...] = ()
+    control: str = ""
+    versus_control: Mapping[str, Paired] = field(default_factory=dict)
+    images: Mapping[str, int] = field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
         """The metric of that key in its own unit (a share is 0 to 1); None where it is absent or undefined."""
@@ -95,10 +101,11 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; what is the same for all rows, the metrics and what describes them, is left out."""
         found = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "metrics"}
-        found["versus"] = {
-            key: {name: value for name, value in pair.items() if name not in _DESCRIBED}
-            for key, pair in found["versus"].items()
-        }
+        for tests in ("versus", "versus_control"):
+            found[tests] = {
+                key: {name: value for name, value in pair.items() if name not in _DESCRIBED}
+                for key, pair in found[tests].items()
+            }
         return found
 
 
@@ -146,7 +153,13 @@ def cost_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def row(
-    run: Run, baseline: Run | None = None, *, role: Role = "method", label: str | None = None, seed: int = 0
+    run: Run,
+    baseline: Run | None = None,
+    *,
+    role: Role = "method",
+    label: str | None = None,
+    seed: int = 0,
+    control: Run | None = None,
 ) -> Row:
     """Score a run, with intervals and, against a baseline, paired tests and the collapse guard.
 
@@ -156,26 +169,30 @@ def row(
         role: what the row is to the sweep.
         label: what tables call it; the run's own label if None.
         seed: of the resampling.
+        control: the run with random tokens that a pruning method is also compared with.
     """
     from vlmattn.eval import controls, stats
 
     intervals: Mapping[str, tuple[float, float] | None] = {}
-    versus: dict[str, Paired] = {}
+    tests: dict[str, dict[str, Paired]] = {"baseline": {}, "control": {}}
     notes: list[str] = []
     collapsed: dict[str, str] = {}
     try:
         intervals = stats.intervals(run.tally, seed=seed)
-        if baseline is not None:
-            first, second, lost = _answered_by_both(baseline, run)
-            versus = {pair.key: pair for pair in stats.paired(first, second, seed=seed)}
+        for name, other in (("baseline", baseline), ("control", control)):
+            if other is None:
+                continue
+            first, second, lost = _answered_by_both(other, run)
+            tests[name] = {pair.key: pair for pair in stats.paired(first, second, seed=seed)}
             if lost:
-                notes.append(
-                    f"{lost} questions that only one of it and {baseline.label} answered are not in differences"
-                )
+                notes.append(f"{lost} questions that only one of it and {other.label} answered are not in differences")
     except DataError as error:
         notes.append(str(error))
     if baseline is not None:
         collapsed = controls.collapse(baseline.tally, run.tally)
+        if role == "method":
+            notes += _idle(baseline, run)
+    notes += _late(run.cost)
     return Row(
         label=run.label if label is None else label,
         spec=str(run.identity.get("spec", run.label)),
@@ -188,19 +205,18 @@ def row(
         role=role,
         invalid="; ".join(collapsed.values()),
         collapsed=tuple(collapsed),
-        versus=versus,
+        versus=tests["baseline"],
         metrics=run.tally.metrics,
+        control="" if control is None else control.label,
+        versus_control=tests["control"],
+        images=_images(run.tally),
     )
 
 
 def below_floor(match: Match, label: str | None = None) -> Row:
     """The row of a level that a method cannot reach: no numbers, the floor in words."""
-    note = (
-        f"level {match.level:g} is below the method's floor: at its smallest budget it leaves "
-        f"{match.floor:.4g} of {match.visual_tokens} visual tokens a layer on average, {match.floor_share:.3f}"
-    )
     cost = {"questions": 0, "visual_tokens": match.visual_tokens, "floor": match.floor}
-    return Row(label or match.label, "", "", {}, {}, cost, note=note, role="below floor")
+    return Row(label or match.label, "", "", {}, {}, cost, note=match.floor_text, role="below floor")
 
 
 def write(out: Path, bench: Benchmark, rows: Sequence[Row], about: Mapping[str, Any]) -> Path:
@@ -252,7 +268,8 @@ def tables(name: str, rows: Sequence[Row], width: int = 160) -> list[Table]:
     """The terminal tables of a sweep: headline metrics and cost, in as many tables as a terminal of `width` needs.
 
     A row is one method everywhere. The column of unparsed answers is there when there are some. Rows with failed
-    questions or collapsed captions are red, controls dim; `notes` explains the marks.
+    questions or collapsed captions are red, controls dim; `notes` explains the marks. Then, if methods were tested
+    against random tokens, the headline differences of these methods.
     """
     labels = [mark(entry) for entry in rows]
     shown = metrics(rows, headline=True)
@@ -275,7 +292,7 @@ def tables(name: str, rows: Sequence[Row], width: int = 160) -> list[Table]:
         head = ["method", *(column for column, _ in part)]
         body = [list(cells) for cells in zip(labels, *(texts for _, texts in part), strict=True)]
         found.append(terminal_table(name if number == 0 else "", head, body, styles))
-    return found
+    return [*found, *_control_tables(rows, width)]
 
 
 def notes(rows: Sequence[Row], differences: bool = True) -> list[str]:
@@ -294,6 +311,15 @@ def notes(rows: Sequence[Row], differences: bool = True) -> list[str]:
     if any(pair.significant() for entry in rows for pair in entry.versus.values()):
         found.append(
             f"* differs from {base}: p < {LEVEL:g} in a paired test, after Holm's correction over the tests of the row."
+        )
+    if differences and any(entry.versus_control for entry in rows):
+        found.append(
+            "Against random tokens: as many of them, kept before the same layer, seed 0; "
+            + (
+                f"* as for the baseline, p < {LEVEL:g}."
+                if any(pair.significant() for entry in rows for pair in entry.versus_control.values())
+                else "no difference was found."
+            )
         )
     found += [f"† {entry.label}: not comparable, {entry.invalid}." for entry in rows if entry.invalid]
     found += [
@@ -342,23 +368,29 @@ def terminal_table(
 def csv_text(rows: Sequence[Row]) -> str:
     """One line a row, plain numbers in the metrics' own units (shares are 0 to 1), empty where there is none.
 
-    Columns: what the row is; of every metric the value, `.low` and `.high` of its interval, `.difference` to the
-    baseline with its `.p` and `.p_holm`; then the cost as in `cost_of`.
+    Columns: what the row is, `control` being the label of its row with random tokens; of every metric the value, `.low`
+    and `.high` of its interval, `.difference` to the baseline with its `.p` and `.p_holm`, and of headline metrics
+    `.difference_to_random` and `.p_holm_to_random`; then the cost as in `cost_of`.
     """
     shown = metrics(rows)
     parts = ("", ".low", ".high", ".difference", ".p", ".p_holm")
-    head = ["label", "spec", "role", "invalid", "note", "folder", "failed", "unparsed", "questions"]
+    random = (".difference_to_random", ".p_holm_to_random")
+    head = ["label", "spec", "role", "control", "invalid", "note", "folder", "failed", "unparsed", "questions"]
+    named = [metric.key + part for metric in shown for part in (*parts, *(random if metric.headline else ()))]
     file = io.StringIO()
     sheet = csv.writer(file, lineterminator="\n")
-    sheet.writerow([*head, *(metric.key + part for metric in shown for part in parts), *COSTS, "floor"])
+    sheet.writerow([*head, *named, *COSTS, "floor"])
     for entry in rows:
-        line: list[Any] = [entry.label, entry.spec, entry.role, entry.invalid, entry.note, entry.folder]
+        line: list[Any] = [entry.label, entry.spec, entry.role, entry.control, entry.invalid, entry.note, entry.folder]
         line += [len(entry.failed), entry.score.get("unparsed"), entry.cost.get("questions")]
         for metric in shown:
             low, high = entry.intervals.get(metric.key) or (None, None)
             pair = entry.versus.get(metric.key)
             tests = (None,) * 3 if pair is None else (pair.difference, pair.p, pair.p_holm)
             line += [entry.value(metric.key), low, high, *tests]
+            if metric.headline:
+                other = entry.versus_control.get(metric.key)
+                line += [None, None] if other is None else [other.difference, other.p_holm]
         line += [entry.cost.get(name) for name in (*COSTS, "floor")]
         sheet.writerow(["" if value is None or value != value else value for value in line])
     return file.getvalue()
@@ -367,8 +399,9 @@ def csv_text(rows: Sequence[Row]) -> str:
 def latex(rows: Sequence[Row]) -> str:
     """A booktabs table of the headline metrics and the cost, to be read with `\\input` (needs `booktabs`).
 
-    The best value of a column is bold among the methods and controls that may be compared, by the digits shown; the
-    baseline is not in that contest. Intervals and notes stand in small print.
+    Bold is a value that is the best of its column, by the digits shown, among the methods and controls that may be
+    compared, and better than the baseline's by more than chance (`Paired.significant`); a column without such a value
+    has no bold. Intervals and notes stand in small print.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -441,6 +474,12 @@ def difference_text(pair: Paired, percent: bool = True) -> str:
     text = number_text(abs(pair.difference), percent)
     sign = "±" if float(text) == 0 else "−" if pair.difference < 0 else "+"
     return f"{sign}{text}" + ("*" if pair.significant() else "")
+
+
+def control_text(entry: Row, metric: Metric) -> str:
+    """ "+12.0*": the difference to the row's random tokens; "-" where there is none."""
+    pair = entry.versus_control.get(metric.key)
+    return "-" if pair is None or entry.value(metric.key) is None else difference_text(pair, metric.percent)
 
 
 def number_text(value: float, percent: bool = True) -> str:
@@ -520,6 +559,68 @@ def _answered_by_both(baseline: Run, run: Run) -> tuple[Tally, Tally, int]:
     return first, second, len(answered[0] ^ answered[1])
 
 
+def _images(tally: Tally) -> dict[str, int]:
+    """Metric key -> how many images have an answer that the metric is about."""
+    seen: dict[str, set[str]] = {}
+    for key, group in tally.groups.items():
+        seen.setdefault(group, set()).add(tally.clusters[key])
+    return {metric.key: len(set().union(*(seen.get(group, ()) for group in metric.groups))) for metric in tally.metrics}
+
+
+def _idle(baseline: Run, run: Run) -> list[str]:
+    """A note on a method that says and costs what the baseline says and costs, else nothing.
+
+    Where yes/no margins are recorded and moved, the method did something, if not enough to change an answer.
+    """
+    before, after = (
+        {record["id"]: record for record in entry.records if record.get("status") == "ok"} for entry in (baseline, run)
+    )
+    both = [(before[key], after[key]) for key in before if key in after]
+    same = all(
+        first["text"] == second["text"]
+        and all(first["cost"][name] == second["cost"][name] for name in ("visual_per_layer", "prefill_macs"))
+        for first, second in both
+    )
+    if not both or not same:
+        return []
+    still = all(
+        first.get("margin") is None
+        or second.get("margin") is None
+        or math.isclose(first["margin"], second["margin"], rel_tol=1e-3, abs_tol=1e-3)
+        for first, second in both
+    )
+    what = "nothing" if still else "no answer"
+    return [f"changes {what} here: all answers and costs are those of {baseline.label}"]
+
+
+def _late(cost: Mapping[str, Any]) -> list[str]:
+    """A note on a run whose later layers see no visual token although the first ones did, else nothing."""
+    layers = cost.get("visual_per_layer") or [0.0]
+    if layers[-1] or not layers[0]:
+        return []
+    last = layers.index(0) - 1
+    seen = ("layer 0", "layers 0 and 1")[last] if last < 2 else f"layers 0 to {last}"
+    return [f"{seen} still saw the image; what they read stays"]
+
+
+def _control_tables(rows: Sequence[Row], width: int) -> list[Table]:
+    """Differences of methods to random tokens at the same layer, in as many tables as fit; none without such tests."""
+    tested = [entry for entry in rows if entry.versus_control]
+    if not tested:
+        return []
+    columns: list[Column] = [
+        (title(metric), [control_text(entry, metric) for entry in tested]) for metric in metrics(tested, headline=True)
+    ]
+    labels = [mark(entry) for entry in tested]
+    room = width - max(20, min(max(map(len, labels)), 2 * width // 5)) - 2
+    found = []
+    for number, part in enumerate(_split(columns, room)):
+        body = [list(cells) for cells in zip(labels, *(texts for _, texts in part), strict=True)]
+        head = ["method", *(column for column, _ in part)]
+        found.append(terminal_table("" if number else "against random tokens at the same layer", head, body))
+    return found
+
+
 def _width(columns: Sequence[Column]) -> int:
     """Terminal cells that number columns take, with the blanks between them."""
     total = 0
@@ -544,7 +645,7 @@ def _split(columns: Sequence[Column], room: int) -> list[list[Column]]:
 
 
 def _best(rows: Sequence[Row], metric: Metric) -> str | None:
-    """The best value of a column as it is shown, None where there is no contest."""
+    """The best value of a column as it is shown, None where there is no contest; the baseline is not in it."""
     entries = [entry for entry in rows if entry.role in ("method", "control") and not entry.invalid]
     values = [value for entry in entries if (value := entry.value(metric.key)) is not None]
     if len(values) < 2 or metric.better == "neither":
@@ -557,7 +658,7 @@ def _latex_cell(entry: Row, metric: Metric, best: str | None) -> str:
     if value is None:
         return "--"
     text, pair = number_text(value, metric.percent), entry.versus.get(metric.key)
-    if text == best and entry.role in ("method", "control") and not entry.invalid:
+    if text == best and entry.role in ("method", "control") and not entry.invalid and _improves(pair, metric):
         text = rf"\textbf{{{text}}}"
     if pair is not None and pair.significant():
         text += r"$^{*}$"
@@ -566,6 +667,13 @@ def _latex_cell(entry: Row, metric: Metric, best: str | None) -> str:
         return text
     low, high = (number_text(end, metric.percent) for end in interval)
     return rf"{text} {{\scriptsize {low}--{high}}}"
+
+
+def _improves(pair: Paired | None, metric: Metric) -> bool:
+    """Whether a difference to the baseline is more than chance and in the good direction."""
+    if pair is None or not pair.significant():
+        return False
+    return pair.difference > 0 if metric.better == "higher" else pair.difference < 0
 
 
 def _latex_small(text: str) -> str:

@@ -1,7 +1,7 @@
 """What the page of a sweep and the page of a comparison say; how it looks is up to `page`.
 
 Sentences are made from the numbers and claim no more than they do: "worse" and "better" stand only where a paired test
-says so, everything else is "no difference beyond chance".
+says so, everything else is "no difference found", with what would have been missed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _EMBEDDED = (
 _TESTS = (
     "Below a difference its 95 % interval, from resampling images for both runs alike. * and coloured: p Holm, which "
     "allows for the number of tests of the comparison, is below 0.05.",
-    "p: McNemar's exact test (mcnemar), the same with images as units where an image has several answers that turned "
+    "p: McNemar's exact test (mcnemar), the same with images as units where an image has several changed answers "
     "(mcnemar, by image), or a paired bootstrap over images (bootstrap).",
-    "Can see: the smallest true difference that a comparison of this size finds in 80 of 100 cases; in small print how "
-    "many images it takes to find the difference that stands here.",
+    "Detectable: the smallest true difference that a comparison of this size finds in 80 of 100 cases; in small print "
+    "how many images it takes to find the difference that stands here.",
 )
 
 
@@ -110,6 +110,7 @@ def sweep_page(
     sections: list[page.Section] = [
         *_warning(runs),
         accuracy_table(rows),
+        *control_tables(rows),
         *_plot(rows),
         cost_table(rows),
         *flipped.sections(sides, bench.open_image, examples),
@@ -195,7 +196,8 @@ def sentence(row: summary.Row, base: str) -> str:
     """Cost of a method, and what the paired tests say about it, against a baseline of that label.
 
     "fastv(keep=0.11): 58.7 of 144 visual tokens a layer, 47 % of the prefill MACs; worse than none in digits accuracy
-    (-20.0); no difference beyond chance in the other 8 of 9 tests."
+    (-20.0); no difference found in the other 8 of 9 tests (differences of accuracy below 9.1 points are easily missed);
+    better than random tokens at the same layer in digits accuracy (+12.0)."
     """
     parts = []
     if row.cost.get("questions"):
@@ -207,17 +209,42 @@ def sentence(row: summary.Row, base: str) -> str:
     tested = [pair for pair in row.versus.values() if pair.p_holm is not None]
     found = sorted((pair for pair in tested if pair.significant()), key=lambda pair: -abs(pair.difference))
     for words, tone in ((f"worse than {base}", "bad"), (f"better than {base}", "good"), ("different", "")):
-        if chosen := [f"{pair.title} ({_difference(pair)})" for pair in found if _tone(pair) == tone]:
-            parts.append(f"{words} in {_list(chosen)}")
+        if chosen := _named(found, tone):
+            parts.append(f"{words} in {chosen}")
     rest = len(tested) - len(found)
     if not tested:
         parts.append("too few images to test a difference" if row.versus else "differences were not tested")
     elif rest:
         which = f"the other {rest} of {len(tested)} tests" if found else _count(rest, "test")
-        parts.append(f"no difference beyond chance in {which}")
+        parts.append(f"no difference found in {which}{_missed(tested)}")
+    parts += _against_random(row, told=_missed(tested))
     if row.invalid:
         parts.append(f"not to be compared, {row.invalid}")
     return f"{row.label}: {'; '.join(parts)}."
+
+
+def control_tables(rows: Sequence[summary.Row]) -> list[page.Section]:
+    """Headline differences of methods to random tokens at the same layer; nothing where no row was tested so."""
+    tested = [row for row in rows if row.versus_control]
+    shown = summary.metrics(tested, headline=True)
+    if not shown:
+        return []
+    columns = [page.Column("method", number=False, code=True)]
+    columns += [
+        page.Column(metric.title, _small_print("points" if metric.percent else "", _image_counts(tested, metric)))
+        for metric in shown
+    ]
+    body = []
+    for row in tested:
+        cells = [_control_cell(row, metric) for metric in shown]
+        body.append(_line(row, cells, [f"against {row.control}"]))
+    notes = [
+        "Method minus random tokens: as many of them, kept before the same layer, seed 0. A method that is no better "
+        "than these owes what it keeps to how many tokens stay, not to which. In small print 95 % intervals and the p "
+        "of a paired test over images, after Holm's correction for the number of tests of a row. * and coloured: p "
+        "below 0.05."
+    ]
+    return [page.Table("Against random tokens at the same layer", columns, body, notes=notes)]
 
 
 def accuracy_table(
@@ -234,7 +261,10 @@ def accuracy_table(
     shown = [metric for metric in summary.metrics(rows, headline=not keys) if not keys or metric.key in keys]
     unparsed = any(row.score.get("unparsed") for row in rows)
     columns = [page.Column("method", number=False, code=True)]
-    columns += [page.Column(metric.title, "%" if metric.percent else "") for metric in shown]
+    columns += [
+        page.Column(metric.title, _small_print("%" if metric.percent else "", _image_counts(rows, metric)))
+        for metric in shown
+    ]
     columns += [page.Column("unparsed", "answers")] if unparsed else []
     everywhere = set.intersection(*({row.note} for row in rows)) - {""} if len(rows) > 1 else set()
     body = []
@@ -254,10 +284,7 @@ def accuracy_table(
             f"With a sign: the difference to {rows[0].label} and the p of a paired test over images, after Holm's "
             "correction for the number of tests of a row. * and coloured: p below 0.05."
         )
-    spread = [pair for metric in shown[:1] for row in rows if (pair := row.versus.get(metric.key)) and pair.detectable]
-    if spread:
-        worst = max(spread, key=lambda pair: pair.detectable or 0)
-        told.append(f"Power: {stats.power_sentence(worst)} Smaller ones are easily missed.")
+    told += [_power_note(rows, metric) for metric in shown[:1] if _detectable(rows, metric)]
     return page.Table(title, columns, body, notes=[*told, *sorted(everywhere)])
 
 
@@ -320,7 +347,7 @@ def differences_table(comparison: Comparison, *, named: bool, notes: Sequence[st
         page.Column("p", "paired test"),
         page.Column("p Holm", "all tests"),
         page.Column("images"),
-        page.Column("can see", "80 % power, and images it takes"),
+        page.Column("detectable", "80 % power, and images it takes"),
     ]
     body = []
     for pair in comparison.paired:
@@ -478,6 +505,94 @@ def _power(pair: Paired) -> page.Cell:
         needed = stats.images_needed(pair.standard_error, pair.images, pair.difference)
     lines = [f"{_difference(pair)} takes {needed:,}"] if needed is not None and needed > pair.images else []
     return page.Cell(summary.number_text(pair.detectable, pair.percent), lines, pair.detectable)
+
+
+def _detectable(rows: Sequence[summary.Row], metric: Metric) -> list[Paired]:
+    """The tests of that metric against the baseline, of methods only, whose power is known."""
+    pairs = (row.versus.get(metric.key) for row in rows if row.role == "method")
+    return [pair for pair in pairs if pair is not None and pair.detectable]
+
+
+def _power_note(rows: Sequence[summary.Row], metric: Metric) -> str:
+    """Which differences could have been seen: from the method measured best to the one measured worst."""
+    pairs = _detectable(rows, metric)
+    least, most = (_points(choose(pair.detectable or 0.0 for pair in pairs), metric.percent) for choose in (min, max))
+    images = _span([pair.images for pair in pairs])
+    both = f"{least.removesuffix(' points')} to {most} or more, depending on the method,"
+    size = f"{most} or more" if least == most else both
+    return (
+        f"Power: with {images} images true differences of {metric.title} of {size} between a method and "
+        f"{rows[0].label} are found in 80 of 100 comparisons. Smaller ones are easily missed."
+    )
+
+
+def _missed(tested: Sequence[Paired]) -> str:
+    """What tests that found nothing could not see, for the first headline metric among them; "" if that is unknown."""
+    unseen = [pair for pair in tested if pair.headline and not pair.significant()]
+    if not unseen or not unseen[0].detectable:
+        return ""
+    pair = unseen[0]
+    size = _points(pair.detectable or 0.0, pair.percent)
+    return f" (differences of {pair.title} below {size} are easily missed)"
+
+
+def _against_random(row: summary.Row, told: str) -> list[str]:
+    """What the tests against random tokens at the same layer say; nothing where there are none.
+
+    Args:
+        row: of a method.
+        told: what the tests against the baseline could not see, which is not said twice.
+    """
+    tested = [pair for pair in row.versus_control.values() if pair.p_holm is not None]
+    if not tested:
+        return ["too few images to test it against random tokens"] if row.versus_control else []
+    found = sorted((pair for pair in tested if pair.significant()), key=lambda pair: -abs(pair.difference))
+    worse, better = _named(found, "bad"), _named(found, "good")
+    parts = [f"worse than random tokens at the same layer in {worse}"] if worse else []
+    if better:
+        return [*parts, f"better than random tokens at the same layer in {better}"]
+    tests = _count(len(tested), "test")
+    missed = _missed(tested)
+    text = f"not found better than random tokens at the same layer in any of {tests}"
+    return [*parts, text if missed == told else text + missed]
+
+
+def _named(pairs: Sequence[Paired], tone: str) -> str:
+    """ "digits accuracy (+12.0) and F1 (+3.0)": those that point that way."""
+    chosen = [f"{pair.title} ({_difference(pair)})" for pair in pairs if _tone(pair) == tone]
+    return _list(chosen) if chosen else ""
+
+
+def _control_cell(row: summary.Row, metric: Metric) -> page.Cell:
+    """The difference to random tokens with its interval and p; a dash where there is none."""
+    pair = row.versus_control.get(metric.key)
+    if pair is None or row.value(metric.key) is None:
+        return _none()
+    lines = [] if pair.interval is None else [" to ".join(_signed(end, pair.percent) for end in pair.interval)]
+    p, name = (pair.p, "p uncorrected") if pair.p_holm is None else (pair.p_holm, "p")
+    lines += [] if p is None else [f"{name} {compare.p_text(p)}"]
+    text, struck = summary.difference_text(pair, pair.percent), bool({*metric.groups} & {*row.collapsed})
+    return page.Cell(text, lines, pair.difference, _coloured(pair), struck)
+
+
+def _image_counts(rows: Sequence[summary.Row], metric: Metric) -> str:
+    """ "25 images" that a metric is about, "24 to 25 images" where rows differ; "" where no row says."""
+    counts = [row.images[metric.key] for row in rows if metric.key in row.images]
+    return f"{_span(counts)} image{'' if max(counts) == 1 else 's'}" if counts else ""
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _small_print(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
+
+
+def _points(value: float, percent: bool) -> str:
+    """ "11 points" of a share, else the bare number: a difference to two digits."""
+    return f"{100 * value:.2g} points" if percent else f"{value:.3g}"
 
 
 def _coloured(pair: Paired) -> Any:
