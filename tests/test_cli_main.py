@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 from vlmattn import __version__
 from vlmattn.cli import app
 from vlmattn.eval import records
+from vlmattn.eval.runs import Run
 
 METHODS = "none; fastv(keep=0.25, before_layer=2)"
 
@@ -107,6 +109,14 @@ def test_the_command_starts_without_torch() -> None:
         (["eval", "--keep", "a b"], "'a b' is not a value"),
         (["eval", "--range", "1..4"], "is not FIELD=VALUES"),
         (["eval", "--match", "auto", "--keep", "0.5"], "--match chooses keep itself"),
+        (["eval", "--match", "auto", "--methods", "random", "--range", "random.keep=0.5"], "the values of random.keep"),
+        (["eval", "--match", "auto", "--range", "keepers=1..2"], "no spec takes keepers"),
+        (["eval", "--keep", "0,5"], "a decimal point is meant: --keep 0.5"),
+        (["eval", "--range", "keep=0..1e9999999:0.1"], "is not a number that makes sense in a range"),
+        (["eval", "--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["eval", "--seed", str(2**63)], "below 2**63"),
+        (["compare", "nowhere", "--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["compare", "nowhere", "--seed", str(10**30)], "below 2**63"),
         (["eval", "--match", "2"], "no share of the visual tokens"),
         (["eval", "--baseline", "none; fastv"], "is 2 specs"),
         (["run", "nowhere.png", "What is this?"], "nowhere.png does not exist"),
@@ -193,7 +203,72 @@ def test_eval_writes_folders_resumes_and_refuses_another_run(tmp_path: Path) -> 
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("records.jsonl")}
     other = vlmattn(*arguments[:-4], "--batch-size", 5, "--out", tmp_path / "out")
     assert other.exit_code == 2
-    assert "decode.batch_size = 9, now it is 5" in other.stderr and "--out" in other.stderr
+    assert "decode.batch_size (--batch-size) was 9, now it is 5" in plain(other.stderr) and "--out" in other.stderr
+
+
+def test_an_out_that_is_a_file_or_in_one_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        result = vlmattn("eval", "--methods", "none", "--limit", 1, "--scenes", 2, "--out", out)
+        assert result.exit_code == 2, result.output
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert "file is a file; choose another --out" in result.stderr
+
+
+def test_a_word_table_that_does_not_fit_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_text(json.dumps({"classes": {"dog": ["hound"]}}))
+    scenes = ("eval", "--model", "no/such-model", "--bench", "scenes", "--scenes", 2)
+    result = vlmattn(*scenes, "--words", tmp_path / "words.json", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "not among the classes of the word table" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_answers_read_otherwise_are_compared_as_the_table_has_them(tmp_path: Path) -> None:
+    arguments = ["eval", "--methods", METHODS, "--limit", 4, "--scenes", 8, "--out", tmp_path / "out"]
+    assert vlmattn(*arguments).exit_code == 0
+    before = records.read_run(tmp_path / "out" / "none")
+    assert before["info"]["profile"] == "official"
+    assert vlmattn(*arguments, "--profile", "lmms_eval").exit_code == 0
+    for folder in filter(Path.is_dir, (tmp_path / "out").iterdir()):
+        after = records.read_run(folder)
+        assert after["info"]["profile"] == "lmms_eval"
+    assert records.read_run(tmp_path / "out" / "none")["identity"] == before["identity"]
+    done = vlmattn("compare", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    table = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
+    assert json.loads(done.stdout) and Run.load(tmp_path / "out" / "none").score["profile"] == "lmms_eval"
+    assert Run.load(tmp_path / "out" / "none").score["values"] == table[0]["score"]["values"]
+
+
+def test_folders_that_were_spoilt_are_a_mistake(tmp_path: Path) -> None:
+    arguments = ["eval", "--methods", "none", "--limit", 2, "--scenes", 4, "--out", tmp_path / "out"]
+    assert vlmattn(*arguments).exit_code == 0
+    cost, said = (tmp_path / "out" / "none" / name for name in (records.COST, records.RECORDS))
+    good = cost.read_text()
+    cost.write_text("[1]")
+
+    def refused(words: str) -> None:
+        for command in (arguments, ["compare", tmp_path / "out" / "none", tmp_path / "copy"]):
+            result = vlmattn(*command)
+            assert result.exit_code == 2 and words in result.stderr, result.output
+            assert result.stderr.count("error: ") == 1 and "Traceback" not in result.output
+
+    shutil.copytree(tmp_path / "out" / "none", tmp_path / "copy")
+    refused("cost.json holds [1], expected a JSON object")
+    cost.write_text(good)
+    first, *others = [json.loads(line) for line in said.read_text().splitlines()]
+    del first["cost"]
+    said.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
+    refused(f"record '{first['id']}' lacks cost")
+
+
+def test_a_folder_of_another_run_is_refused_before_there_is_a_bar(tmp_path: Path) -> None:
+    arguments = ["eval", "--methods", METHODS, "--limit", 1, "--scenes", 2, "--out", tmp_path / "out"]
+    folder = tmp_path / "out" / "fastv-keep=0.25,before_layer=2"
+    records.RunFolder(folder, {"spec": "another"}).close()
+    result = vlmattn(*arguments)
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "holds another run" in result.stderr and not (tmp_path / "out" / "none").exists()
 
 
 def test_eval_runs_a_grid_with_matched_rows_and_controls(tmp_path: Path) -> None:
@@ -210,8 +285,8 @@ def test_eval_runs_a_grid_with_matched_rows_and_controls(tmp_path: Path) -> None
         ("vhr", "method"),
     ]
     matched = rows("--methods", "fastv(before_layer=3)", "--match", "0.75,0.25", "--controls", "--control-seeds", 2)
-    assert [role for _, role in matched] == ["baseline", "method", "below floor", *["control"] * 4]
-    assert [label.split("(")[0] for label, _ in matched[3:]] == ["random", "random", "noimage", "threshold"]
+    assert [role for _, role in matched] == ["baseline", "method", "below floor", *["control"] * 5]
+    assert [label.split("(")[0] for label, _ in matched[3:]] == ["random", "random", "noimage", "noimage", "threshold"]
 
 
 def test_eval_names_broken_images_goes_on_and_exits_1(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_same_spec_runs_once_whatever_it_is_called() -> None:
         ("0.5..1:0.25", [0.5, 0.75, 1.0]),
         ("1..2:0.5", [1.0, 1.5, 2.0]),
         ("0.9..0.5:0.2", [0.9, 0.7, 0.5]),
-        ("1..5:3", [1, 4]),
+        ("1..7:3", [1, 4, 7]),
         ("2,4..6", [2, 4, 5, 6]),
         ("all_text,None", ["all_text", None]),
         ("[0.5,0.25],0.5", [[0.5, 0.25], 0.5]),
@@ -88,6 +88,10 @@ def test_values_as_they_are_typed(text: str, expected: list) -> None:
         ("0.25..0.75", "needs a step"),
         ("1..4:0", "must be above 0"),
         ("1..4000", "4000 values"),
+        ("0.25..0.75:0.2", r"end at 0\.65 and do not reach 0\.75; write 0\.25\.\.0\.65:0\.2"),
+        ("5..1:3", r"end at 2 and do not reach 1"),
+        ("0..1e9999999:0.1", "makes sense"),
+        ("0..1:1e-9999999", "makes sense"),
         ("1..x", "not a range"),
         ("1.5.2", "not a value"),
         ("a b", "not a value"),
@@ -109,6 +113,29 @@ def test_options_become_fields() -> None:
         grid.fields(None, ["1..4"])
     with pytest.raises(DataError, match="keep is given twice"):
         grid.fields("0.5", ["keep=0.25"])
+
+
+@pytest.mark.parametrize("names", [("keep", "fastv.keep"), ("fastv.keep", "keep")])
+def test_a_field_of_one_method_goes_before_the_general_one_whatever_the_order(names: tuple[str, str]) -> None:
+    fields = {"keep": [0.5, 0.25], "fastv.keep": [0.75]}
+    found = grid.expand("fastv; random", {name: fields[name] for name in names})
+    assert list(found.values()) == ["fastv(keep=0.75)", "random(keep=0.5)", "random(keep=0.25)"]
+    both = grid.expand("fastv + random", {name: fields[name] for name in names})
+    assert sorted(both.values()) == [f"fastv(keep=0.75) + random(keep={keep})" for keep in (0.25, 0.5)]
+
+
+@pytest.mark.parametrize("names", [("keep", "fastv.keep"), ("fastv.keep", "keep")])
+def test_a_field_that_others_leave_nothing_to_is_refused(names: tuple[str, str]) -> None:
+    with pytest.raises(DataError, match=r"keep has no effect: fastv\.keep fills it in every spec of 'none; fastv'"):
+        grid.expand("none; fastv", {name: [0.5] for name in names})
+
+
+@pytest.mark.parametrize(("text", "meant"), [("0,5", "0.5"), ("0,5,0,25", "0.5,0.25"), (" 0,75 ", "0.75")])
+def test_a_decimal_comma_is_answered_with_the_point(text: str, meant: str) -> None:
+    for keep, ranges in ((text, []), (None, [f"keep={text}"]), (None, [f"random.keep={text}"])):
+        with pytest.raises(DataError, match=rf"a decimal point is meant: .*{meant}"):
+            grid.fields(keep, ranges)
+    assert grid.fields("0.5,0.25,10,5", ["before_layer=0,5"]) == {"keep": [0.5, 0.25, 10, 5], "before_layer": [0, 5]}
 
 
 def test_a_field_that_no_spec_takes_names_the_specs_and_what_they_have() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,17 @@ def test_missing_duplicate_and_strange_ids_are_listed() -> None:
         assert text in str(caught.value)
 
 
+def test_a_gold_label_that_is_neither_is_named_and_capitals_are_taken() -> None:
+    first, *others = oracle_items()
+    with pytest.raises(DataError, match=r"item random/1 \(image 1\.png\): the label 'maybe' is neither 'yes' nor 'no'"):
+        pope.scorer().tally([replace(first, label="maybe"), *others], oracle_answers())
+    plain, capital = (
+        pope.scorer().tally([replace(item, label=write(item.label)) for item in oracle_items()], oracle_answers())
+        for write in (str.lower, str.title)
+    )
+    assert plain.values() == capital.values() and plain.marks == capital.marks
+
+
 def test_failed_items_are_left_out_and_counted() -> None:
     found = random_group(oracle_items(), oracle_answers()[1:], failed={"random/1"})
     assert found["failed"] == 1
@@ -174,10 +185,16 @@ def test_loader_reads_three_files_and_hashes_them(tmp_path: Path) -> None:
     assert "109985c" in pope.version(dict(zip("abc", pope.CURRENT_FILES.values())))
 
 
+def test_capital_labels_in_a_file_are_read(tmp_path: Path) -> None:
+    rows = json.dumps(ROW | {"label": "Yes"}) + "\n" + json.dumps(ROW | {"question_id": 2, "label": "NO"}) + "\n"
+    items, _ = pope.load(write_files(tmp_path, {"random": rows}))
+    assert [item.label for item in items[:2]] == ["yes", "no"]
+
+
 @pytest.mark.parametrize(
     ("row", "field"),
     [
-        ({**ROW, "label": "Yes"}, "field 'label'"),
+        ({**ROW, "label": "maybe"}, "field 'label': 'maybe' is neither 'yes' nor 'no'"),
         ({key: value for key, value in ROW.items() if key != "image"}, "field 'image': missing"),
         ({**ROW, "text": 5}, "field 'text': expected a text"),
         ({**ROW, "question_id": None}, "field 'question_id'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -142,10 +143,68 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> Non
 )
 def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path, change: dict, name: str) -> None:
     RunFolder(tmp_path, IDENTITY).close()
-    with pytest.raises(DataError, match=rf"{name} = .*choose another --out"):
+    with pytest.raises(
+        DataError, match=rf"holds another run: {re.escape(name)} .*was .*, now it is .* Choose another --out"
+    ):
         RunFolder(tmp_path, IDENTITY | change)
     with RunFolder(tmp_path, IDENTITY) as run:
         assert run.records == []
+
+
+def test_all_that_differs_is_named_with_its_option(tmp_path: Path) -> None:
+    RunFolder(tmp_path, IDENTITY).close()
+    changed = IDENTITY | {"model": {"name": "other", "fingerprint": "f"}, "decode": {"max_new_tokens": 9}}
+    told = (
+        'holds another run: model.name (--model) was "m", now it is "other"; '
+        "decode.max_new_tokens (--max-new-tokens) was 8, now it is 9. Choose another --out"
+    )
+    for refuses in (RunFolder, run_records.check_folder):
+        with pytest.raises(DataError, match=re.escape(told)):
+            refuses(tmp_path, changed)
+
+
+def test_a_folder_is_checked_without_being_made(tmp_path: Path) -> None:
+    run_records.check_folder(tmp_path / "a" / "b", IDENTITY)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(DataError, match=r"file is a file; choose another --out"):
+            run_records.check_folder(path, IDENTITY)
+        with pytest.raises(DataError, match=r"is not a run folder"):
+            read_records(path)
+        with pytest.raises(DataError, match=r"is not a run folder"):
+            read_run(path)
+
+
+def test_info_can_be_changed_and_the_rest_stays(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, IDENTITY, {"command": "first", "profile": "official"}) as run:
+        before = read_run(tmp_path)
+        run.update_info({"profile": "lmms_eval", "words": {"path": "w"}})
+        after = read_run(tmp_path)
+        assert after["info"] == {"command": "first", "profile": "lmms_eval", "words": {"path": "w"}}
+        assert after | {"info": 0} == before | {"info": 0}
+        inode = (tmp_path / run_records.RUN).stat().st_ino
+        run.update_info({"profile": "lmms_eval"})
+        assert (tmp_path / run_records.RUN).stat().st_ino == inode, "nothing changed, nothing is written"
+
+
+def test_records_are_put_into_the_order_of_the_questions(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, IDENTITY) as run:
+        run.append([record(3), record(1), record(9), record(2)])
+        run.sort(["q/1", "q/2", "q/3"])
+        assert run.records == read_records(tmp_path) == [record(number) for number in (1, 2, 3, 9)]
+        run.append([record(4)])
+        with pytest.raises(DataError, match="another process"):
+            RunFolder(tmp_path, IDENTITY)
+    assert [entry["id"] for entry in read_records(tmp_path)] == ["q/1", "q/2", "q/3", "q/9", "q/4"]
+
+
+@pytest.mark.parametrize(("text", "words"), [("[1]", r"holds \[1\], expected a JSON object"), ("{", "is not JSON")])
+def test_a_cost_that_is_no_object_is_said(tmp_path: Path, text: str, words: str) -> None:
+    assert run_records.read_cost(tmp_path) is None
+    (tmp_path / run_records.COST).write_text(text)
+    with pytest.raises(DataError, match=rf"cost\.json {words}.*; delete it and run again"):
+        run_records.read_cost(tmp_path)
 
 
 def test_records_without_a_run_and_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 from vlmattn.errors import DataError
 from vlmattn.eval import bench as benches
-from vlmattn.eval import runner, summary
+from vlmattn.eval import models, runner, summary
 from vlmattn.eval.benchmarks import pope, scenes
 from vlmattn.eval.items import Benchmark
 from vlmattn.eval.records import RunFolder, kept_tokens, pack_tokens, read_records
@@ -231,6 +232,78 @@ def test_slugs_are_folder_names() -> None:
     long = [runner.slug(f"fastv(keep={[0.5] * 40 + [share]})") for share in (0.1, 0.2)]
     assert max(map(len, long)) <= 80 and long[0] != long[1]
     assert runner.slug("../..") not in ("..", ".", "")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> models.Loaded:
+    with models.quiet():
+        return models.load("scenes-llava")
+
+
+@pytest.fixture(scope="module")
+def rendered() -> Benchmark:
+    return benches.load("scenes", embedded=True, scenes_count=4, tasks=("random", "digits"))
+
+
+def job(bench: Benchmark, folder: Path, count: int | None = None) -> runner.Job:
+    return runner.Job("none", "none", "none", bench, bench.items[:count], folder)
+
+
+def test_generation_settings_of_the_checkpoint_are_a_part_of_the_identity_but_not_of_margins(
+    loaded: models.Loaded, rendered: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = runner.Settings(batch_size=8)
+    assert "generation_config" not in runner.identity(loaded, rendered, "none", settings)["decode"]
+    runner.answer_all(loaded, [job(rendered, tmp_path / "plain")], settings)
+    config = loaded.model.generation_config
+    monkeypatch.setattr(config, "temperature", 0.3)  # sampling says nothing about greedy answers
+    monkeypatch.setattr(config, "repetition_penalty", 1.7)
+    monkeypatch.setattr(config, "no_repeat_ngram_size", 3)
+    decode = runner.identity(loaded, rendered, "none", settings)["decode"]
+    assert decode["generation_config"] == {"no_repeat_ngram_size": 3, "repetition_penalty": 1.7}
+    with pytest.raises(DataError, match=r"decode\.generation_config\.repetition_penalty was null, now it is 1\.7"):
+        runner.answer_all(loaded, [job(rendered, tmp_path / "plain")], settings)
+    runner.answer_all(loaded, [job(rendered, tmp_path / "penalty")], settings)
+    margins = [
+        [record["margin"] for record in read_records(tmp_path / name) if "margin" in record]
+        for name in ("plain", "penalty")
+    ]
+    assert margins[0] and margins[0] == margins[1]
+
+
+def test_a_run_that_was_mended_is_the_file_of_one_that_was_never_broken(
+    loaded: models.Loaded, rendered: Benchmark, tmp_path: Path
+) -> None:
+    def open_image(name: str) -> Image.Image:
+        if name == rendered.items[0].image:
+            raise OSError("broken")
+        return rendered.open_image(name)
+
+    broken = dataclasses.replace(rendered, open_image=open_image)
+    settings = runner.Settings(batch_size=2)
+    whole = runner.answer_all(loaded, [job(rendered, tmp_path / "whole")], settings)["none"]
+    assert runner.answer_all(loaded, [job(broken, tmp_path / "run")], settings)["none"].failed
+    again = dataclasses.replace(settings, retry_failed=True)
+    mended = runner.answer_all(loaded, [job(rendered, tmp_path / "run")], again)["none"]
+    assert [record["id"] for record in read_records(tmp_path / "run")] == [item.id for item in rendered.items]
+    assert mended.items == whole.items == Run.load(tmp_path / "run").items
+    assert mended.tally.images == whole.tally.images
+
+
+def test_progress_counts_the_questions_of_the_job_only(
+    loaded: models.Loaded, rendered: Benchmark, tmp_path: Path
+) -> None:
+    settings, told = runner.Settings(batch_size=8), []
+    runner.answer_all(loaded, [job(rendered, tmp_path)], settings)
+    runner.answer_all(loaded, [job(rendered, tmp_path, count=3)], settings, lambda *step: told.append(step))
+    assert set(told) == {("none", 3, 3)}
+
+
+def test_a_seed_that_torch_cannot_take_is_refused() -> None:
+    for seed in (-1, 2**63):
+        with pytest.raises(DataError, match=rf"--seed {seed} must be 0 or more and below 2\*\*63"):
+            runner.Settings(seed=seed)
+    runner.Settings(seed=2**63 - 1)
 
 
 def test_reading_and_scoring_a_run_imports_no_torch() -> None:

@@ -129,3 +129,51 @@ def test_captions_are_scored_again_with_the_word_table_of_the_run(tmp_path: Path
     table.unlink()
     with pytest.raises(DataError, match=r"words\.json: cannot be read"):
         Run.load(folder)
+
+
+def test_a_word_table_that_was_changed_is_refused_unless_it_is_named(tmp_path: Path) -> None:
+    table = tmp_path / "words.json"
+    table.write_text(json.dumps({"classes": {"red circle": ["ball"]}}))
+    item = Item("caption/1", "1.png", "Describe the image.", "", "caption", {"objects": ["red circle"]})
+    folder = folders.write(tmp_path / "run", lambda item: "a ball", items=(item,))
+    described = json.loads((folder / "run.json").read_text())
+    described["info"]["words"] = bench.describe_words(bench.scorer("scenes", words=table))
+    assert set(described["info"]["words"]) == {"path", "sha256"}
+    (folder / "run.json").write_text(json.dumps(described))
+    run = Run.load(folder)
+    assert run.tally.values()["caption.recall"] == 1 and run.scorer.words == str(table)
+    table.write_text(json.dumps({"classes": {"red circle": ["disc"]}}))
+    with pytest.raises(DataError, match=r"words\.json was changed after this run .*--words FILE"):
+        Run.load(folder)
+    assert Run.load(folder, words=table).tally.values()["caption.recall"] == 0
+    table.unlink()
+    with pytest.raises(DataError, match=r"words\.json cannot be read .*--words FILE"):
+        Run.load(folder)
+    assert bench.describe_words(bench.scorer("scenes")) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cost": None}, "record 'popular/0' lacks cost"),
+        ({"question": None}, "record 'popular/0' lacks question"),
+        ({"text": 3}, "record 'popular/0' has text 3, expected a text"),
+        ({"time": [1]}, r"record 'popular/0' has time \[1\], expected an object"),
+        ({"status": None}, "record 'popular/0' has status None, expected 'ok' or 'failed'"),
+    ],
+)
+def test_a_record_that_lacks_something_is_named(tmp_path: Path, change: dict, words: str) -> None:
+    folder = folders.write(tmp_path / "run")
+    path = folder / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1] = {key: value for key, value in (lines[1] | change).items() if value is not None}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=rf"records\.jsonl: {words}"):
+        Run.load(folder)
+
+
+def test_a_cost_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    folder = folders.write(tmp_path / "run")
+    (folder / "cost.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"cost\.json holds \[1\], expected a JSON object; delete it and run again"):
+        Run.load(folder)

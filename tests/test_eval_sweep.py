@@ -57,6 +57,25 @@ def numbers(value: Any) -> Any:
     return [numbers(entry) for entry in value] if isinstance(value, list) else value
 
 
+def test_a_row_that_equals_the_baseline_leaves_the_baseline_first() -> None:
+    specs = {"random": "random", "uniform": "uniform", "random(keep=0.25)": "random(keep=0.25)"}
+    found = lineup.line_up(specs, num_layers=6, visual_tokens=144, levels=(0.5,))
+    assert [(entry.spec, entry.role) for entry in found] == [("random", "baseline"), ("uniform", "method")]
+
+
+def test_a_folder_is_named_by_the_budget_even_where_it_is_the_default() -> None:
+    assert runner.slug(lineup.written_out("fastv + var")) == "fastv-keep=0.5+var"
+
+
+def test_runs_of_a_former_sweep_in_the_folder_are_named(tmp_path: Path) -> None:
+    for name in ("none", "vhr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+    (note,) = runner._others(tmp_path, [tmp_path / "none"])
+    assert note.startswith("1 other run (vhr: it is in the folder but not in this table")
+    assert runner._others(tmp_path, [tmp_path / "none", tmp_path / "vhr"]) == []
+
+
 def test_sharing_vision_features_changes_no_bit(
     loaded: models.Loaded, scenes: Any, whole: Path, tmp_path: Path
 ) -> None:

@@ -148,6 +148,11 @@ def test_answers_that_do_not_fit_are_named(said: tuple[Said, ...], what: str) ->
     assert what in str(error.value)
 
 
+def test_two_items_with_one_id_are_named() -> None:
+    with pytest.raises(DataError, match=r"1 asked twice \(a/1\)"):
+        match((*ITEMS, ITEMS[0]), SAID)
+
+
 def test_ratio_is_nan_where_nothing_is_counted() -> None:
     found = ratio(np.array([1.0, 0.0]), np.array([2.0, 0.0]))
     assert found[0] == 0.5 and np.isnan(found[1])

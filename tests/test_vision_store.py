@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import threading
@@ -354,6 +355,155 @@ def test_changed_weights_are_noticed(model, batch, part, how):
         assert torch.equal(model(**batch).logits, got)
 
 
+class Adapter(torch.nn.Module):
+    """A low-rank addition as adapter libraries make them: switches and scales are plain attributes."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down = base, torch.nn.Linear(base.in_features, 2)
+        self.up = torch.nn.Linear(2, base.out_features)
+        self.scaling, self.disabled, self.shift = {"default": 1.0}, False, torch.zeros(())
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.disabled:
+            return self.base(x)
+        return self.base(x) + self.up(self.down(x)) * self.scaling["default"] * self.gain + self.shift
+
+
+def middle_linear(module: Any) -> tuple[Any, str]:
+    """The module that holds the middle one of all linear layers in `module`, and the layer's name there."""
+    paths = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)]
+    path = paths[(len(paths) - 1) // 2]  # a tower's last layers may not be read
+    parent, _, name = path.rpartition(".")
+    return module.get_submodule(parent), name
+
+
+def replace_module(model: Any, part: str) -> None:
+    """Put another module of equal kind in the place of the part."""
+    path = getattr(find(model), part)
+    other = copy.deepcopy(model.get_submodule(path))
+    for weight in other.parameters():
+        weight.mul_(1.5)
+    model.set_submodule(path, other)
+
+
+def wrap_layer(model: Any, part: str) -> None:
+    parent, name = middle_linear(find(model).part(model, part))
+    setattr(parent, name, Adapter(getattr(parent, name)).eval())
+
+
+def adapter(model: Any, part: str) -> Adapter:
+    return next(module for module in find(model).part(model, part).modules() if isinstance(module, Adapter))
+
+
+def patch_forward(model: Any, part: str) -> None:
+    layer, before = adapter(model, part), adapter(model, part).forward
+    layer.forward = lambda x: before(x) + 1  # type: ignore[method-assign]
+
+
+def cast_and_back(model: Any, part: str) -> None:
+    find(model).part(model, part).bfloat16().float()
+
+
+def other_class(model: Any, part: str) -> None:
+    layer = adapter(model, part)
+    layer.__class__ = type("Twice", (Adapter,), {"forward": lambda self, x: 2 * Adapter.forward(self, x)})
+
+
+def data_twice(model: Any, part: str) -> None:
+    """Two replacements: the second may come to lie where the first memory was."""
+    weight = adapter(model, part).down.weight
+    for _ in range(2):
+        weight.data = weight.data * 1.5
+
+
+def parameter_on_old_memory(model: Any, part: str) -> None:
+    layer = adapter(model, part).down
+    layer.weight = torch.nn.Parameter(layer.weight.data)  # begins to count its versions anew
+    while layer.weight._version < 1:
+        layer.weight.add_(0.5)
+
+
+CHANGES: dict[str, Any] = {
+    "module replaced": replace_module,
+    "layer wrapped": wrap_layer,
+    "forward patched": patch_forward,
+    "class replaced": other_class,
+    "scale in a dict": lambda model, part: adapter(model, part).scaling.update(default=0.5),
+    "switch": lambda model, part: setattr(adapter(model, part), "disabled", True),
+    "buffer in place": lambda model, part: adapter(model, part).gain.mul_(2),
+    "buffer in place, inference": lambda model, part: torch.inference_mode()(adapter(model, part).gain.mul_)(2),
+    "buffer replaced": lambda model, part: setattr(adapter(model, part), "gain", torch.tensor(3.0)),
+    "tensor attribute": lambda model, part: adapter(model, part).shift.add_(1),
+    "hook": lambda model, part: adapter(model, part).register_forward_hook(lambda _, args, output: output + 1),
+    "hook before": lambda model, part: adapter(model, part).register_forward_pre_hook(lambda _, args: (args[0] + 1,)),
+    "cast and back": cast_and_back,
+    "data twice": data_twice,
+    "parameter on old memory": parameter_on_old_memory,
+}
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "projector"])
+@pytest.mark.parametrize("how", CHANGES)
+def test_changed_modules_are_noticed(model, batch, part, how):
+    store = vlmattn.VisionStore()
+    if how != "layer wrapped":
+        wrap_layer(model, part)
+    with vlmattn.wrap(model, "none") as session:
+        session.share_vision(store)
+        for _ in range(2):
+            before = model(**batch).logits
+        assert store.hits == 1
+        CHANGES[how](model, part)
+        got = model(**batch).logits
+        assert store.hits == 1 and len(store) == 1
+        assert torch.equal(model(**batch).logits, got) and store.hits == 2
+        session.share_vision(None)
+        assert torch.equal(model(**batch).logits, got) and not torch.equal(got, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("vision_feature_layer", -1), ("vision_feature_select_strategy", "full")],
+)
+def test_a_changed_configuration_is_noticed(name, value):
+    model, batch = tiny.MODELS["llava"](), tiny.prompts("llava")
+    arguments, store = feature_arguments(batch), vlmattn.VisionStore()
+    with vlmattn.wrap(model, "none") as session:
+        session.share_vision(store)
+        before = list(model.get_image_features(*arguments).pooler_output)
+        setattr(model.config, name, value)
+        got = list(model.get_image_features(*arguments).pooler_output)
+        assert (store.hits, len(store)) == (0, 1)
+        session.share_vision(None)
+        assert same(list(model.get_image_features(*arguments).pooler_output), got)
+        assert got[0].shape != before[0].shape or not same(got, before)
+
+
+def test_the_language_model_is_no_matter(model, batch):
+    store = vlmattn.VisionStore()
+    text_model = find(model).part(model, "text_model")
+    with vlmattn.wrap(model, "none") as session:
+        session.share_vision(store)
+        model(**batch)
+        next(text_model.layers.parameters()).add_(0.5)
+        text_model.config.rms_norm_eps = 0.1
+        text_model.layers[0].register_forward_hook(lambda *_: None)
+        model(**batch)
+    assert (store.hits, store.misses) == (1, 1)
+
+
+def test_an_adapter_in_training_runs_the_tower(model, batch):
+    wrap_layer(model, "projector")
+    store = vlmattn.VisionStore()
+    with vlmattn.wrap(model, "none") as session:
+        session.share_vision(store)
+        adapter(model, "projector").train()
+        model(**batch)
+    assert (store.hits, store.misses) == (0, 0)
+
+
 # Composition
 
 
@@ -475,7 +625,7 @@ def boxed(output: Any) -> tuple[Any, Any, vlmattn.VisionStore, list[int]]:
         calls.append(1)
         return output
 
-    return vision.shared(get_features, store, module, [module]), module, store, calls
+    return vision.shared(get_features, store, module, module), module, store, calls
 
 
 TENSOR = torch.arange(6.0).view(2, 3)

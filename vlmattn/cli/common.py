@@ -198,7 +198,8 @@ def sweep_progress(labels: Mapping[str, str]) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    with Progress(*parts, console=console(stderr=True)) as bars:
+    bars = Progress(*parts, console=console(stderr=True))
+    try:
         task = bars.add_task("starting", total=None, left="")
         counts: dict[str, tuple[int, int]] = {}
         start: tuple[float, int] | None = None
@@ -209,6 +210,7 @@ def sweep_progress(labels: Mapping[str, str]) -> Iterator[Progress]:
             counts[name] = (done, total)
             ready, whole = (sum(column) for column in zip(*counts.values(), strict=True))
             if announced:
+                bars.start()  # not before: what the runs refuse is told without a bar above it
                 bars.update(task, completed=ready, total=whole)
                 return
             start = start or (time.monotonic(), ready)
@@ -222,6 +224,9 @@ def sweep_progress(labels: Mapping[str, str]) -> Iterator[Progress]:
             bars.update(task, description=escape(text), completed=ready, left=left)
 
         yield show
+    finally:
+        if bars.live.is_started:  # else it would leave an empty line
+            bars.stop()
 
 
 def _clock(seconds: float) -> str:

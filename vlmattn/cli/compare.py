@@ -42,17 +42,19 @@ def compare(
     metrics: Annotated[
         Literal["headline", "all"], typer.Option(help="Which metrics the terminal shows; --json and --html have all.")
     ] = "headline",
-    flips: Annotated[int, typer.Option(help="How many answers that turned are shown.", min=0)] = 6,
+    flips: Annotated[int, typer.Option(help="How many changed answers are shown.", min=0)] = 6,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page, with the images.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of tables.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
 ) -> None:
-    """What differs between runs, whether that can be chance, and which answers turned.
+    """What differs between runs, whether that can be chance, and which answers changed.
 
     Needs no model and no data. Every run is compared with the first, on the questions that both answered.
     """
     from vlmattn.eval import compare as comparing
+    from vlmattn.eval.runner import check_seed
 
+    check_seed(seed)
     with common.status("comparing"):
         loaded = _load(runs, profile, words, force)
         found = comparing.compare(loaded, force=force, seed=seed)

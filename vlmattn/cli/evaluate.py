@@ -155,10 +155,11 @@ def evaluate(
 
     common.use_preset(preset)
     name = model or common.embedded()
-    specs = lineup.with_baseline(grid.expand(methods, grid.fields(keep, ranges or ())), baseline)
+    fields = grid.fields(keep, ranges or ())
+    specs = lineup.with_baseline(grid.expand(methods, fields), baseline)
     levels = None if match is None else lineup.levels(match)
-    if levels is not None and (keep is not None or any(text.strip().startswith("keep") for text in ranges or ())):
-        raise DataError("--match chooses keep itself; leave --keep out, or --match")
+    if levels is not None and (given := [name for name in fields if grid.fills(name) == "keep"]):
+        raise DataError(f"--match chooses keep itself; leave the values of {', '.join(given)} out, or --match")
     embedded = models.is_embedded(models.check_name(name))
     settings = runner.Settings(
         limit=limit,

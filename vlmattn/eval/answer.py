@@ -30,8 +30,9 @@ class Answers:
     Attributes:
         texts: raw text per question, without special tokens.
         truncated: per question, whether the answer was cut at `max_new_tokens` before an end token came.
-        margins: per question the logit of "yes" minus that of "no" at the first answer token; None where the tokenizer
-            has no token that tells them apart.
+        margins: per question the logit of "yes" minus that of "no" at the first answer token, as the model gives them,
+            before a repetition penalty or the like of its generation settings; None where the tokenizer has no token
+            that tells them apart.
         seen: per question what is recorded about its visual tokens: `kept` (a list of stages, see
             `vlmattn.eval.records.kept_tokens`) and `geometry` (`grid`, `size`, `origin`, `cell`, in pixels of the
             image); empty where nothing was pruned.
@@ -73,10 +74,14 @@ class FirstLogits(LogitsProcessor):
         """Pass the scores (B, vocabulary) through."""
         if self.first is None:
             self.first = self._now()
-            if self.words is not None:
-                yes, no = (scores[:, ids].amax(dim=1).float() for ids in self.words)
-                self.margins = yes - no
         return scores
+
+    def look(self, model: torch.nn.Module, given: Any, output: Any) -> None:
+        """Forward hook of the model: takes the margins from its logits (B, L, vocabulary), which no processor of the
+        checkpoint's generation settings has touched. In a prefill of several chunks the last one counts."""
+        if self.first is None and self.words is not None:
+            yes, no = (output.logits[:, -1, ids].amax(dim=1).float() for ids in self.words)
+            self.margins = yes - no
 
     def milliseconds(self, new_tokens: int) -> dict[str, float]:
         """Prefill time, time of all later steps together, and how many tokens the longest answer has."""
@@ -128,6 +133,7 @@ class Asker:
         saved = self.store.saved_ms if self.store is not None else 0.0
         held = self._begin()
         clock = FirstLogits(torch.device(self.loaded.device), self._words)
+        hook = self.loaded.model.register_forward_hook(clock.look)
         try:
             with torch.inference_mode():
                 tokens = self.loaded.model.generate(
@@ -140,6 +146,8 @@ class Asker:
                 )
         except torch.OutOfMemoryError as error:
             raise (out_of_memory(error) or error) from None
+        finally:
+            hook.remove()
         times = clock.milliseconds(tokens.shape[1] - inputs["input_ids"].shape[1])
         self._end(held)
         times["vision_ms"] = self.store.saved_ms - saved if self.store is not None else 0.0

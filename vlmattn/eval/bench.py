@@ -6,11 +6,11 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmattn.errors import DataError, nearest
 from vlmattn.eval.benchmarks import pope, scenes
-from vlmattn.eval.items import Benchmark, Item
+from vlmattn.eval.items import Benchmark, Item, Said
 from vlmattn.eval.tally import Scorer
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load(
 
     Raises:
         DataError: an unknown name, profile, template, task or split, options that do not go together, data missing or
-            malformed.
+            malformed, gold that cannot be scored (with the word table, say).
     """
     rule = scorer(name, profile, words)
     template = prompt or ("bare" if embedded or data is None else "single_word")
@@ -62,11 +62,11 @@ def load(
         asked = scenes.chosen(tasks)
         if "caption" in asked and template == "single_word":
             raise DataError("prompt 'single_word' asks for one word, which no caption is; use 'bare', or leave it out")
-        return rendered(rule, asked, count=scenes_count, prompt=template, split=split)
+        return _scorable(rendered(rule, asked, count=scenes_count, prompt=template, split=split))
     if tasks is not None:
         raise DataError("--tasks belongs to --bench scenes; POPE always asks its three categories")
     if data is not None:
-        return original(data, images, rule=rule, prompt=template)
+        return _scorable(original(data, images, rule=rule, prompt=template))
     if images is not None:
         raise DataError("--images needs the questions about them: say --data FOLDER too")
     if not embedded:
@@ -78,7 +78,7 @@ def load(
             "--data FOLDER --images FOLDER/val2014. Without a download: --model "
             f"{_embedded_name()}, whose questions and images are rendered."
         )
-    return rendered(rule, pope.CATEGORIES, count=scenes_count, prompt=template, split=split)
+    return _scorable(rendered(rule, pope.CATEGORIES, count=scenes_count, prompt=template, split=split))
 
 
 def scorer(name: str, profile: str = "official", words: str | Path | None = None) -> Scorer:
@@ -101,6 +101,28 @@ def scorer(name: str, profile: str = "official", words: str | Path | None = None
             f"benchmark {name!r} has no captions, so the word table {words} would not be used; leave it out"
         )
     return pope.scorer(profile)
+
+
+def describe_words(rule: Scorer) -> dict[str, str]:
+    """The word table of a scorer as a run records it: `path` and `sha256` of its content; empty without a table."""
+    return {"path": rule.words, "sha256": _sha256(Path(rule.words))} if rule.words else {}
+
+
+def recorded_words(found: Any) -> str | None:
+    """Path of the word table that a run recorded (`describe_words`, or the mere path); None if it recorded none.
+
+    Raises:
+        DataError: the table is gone, or it is not the one it was.
+    """
+    if not isinstance(found, Mapping):
+        return found or None
+    path = found.get("path")
+    if path and _sha256(Path(path)) != found.get("sha256"):
+        raise DataError(
+            f"the word table {path} was changed after this run was scored with it; put it back, or say which one is "
+            "meant with --words FILE"
+        )
+    return path or None
 
 
 def open_pictures(pictures: Mapping[str, str]) -> Callable[[str], Image]:
@@ -178,6 +200,23 @@ def rendered(rule: Scorer, tasks: Sequence[str], *, count: int, prompt: str = "b
         pictures={"scenes": split},
         validation=None if split == _VALIDATION else again,
     )
+
+
+def _scorable(benchmark: Benchmark) -> Benchmark:
+    """The benchmark, after its gold was scored once against empty answers: a mistake in it is told before a model is
+    loaded."""
+    benchmark.scorer.tally(benchmark.items, [Said(item.id, "") for item in benchmark.items])
+    return benchmark
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"the word table {path} cannot be read ({error.strerror}); put it back, or say which one is meant with "
+            "--words FILE"
+        ) from None
 
 
 def _embedded_name() -> str:

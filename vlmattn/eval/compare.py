@@ -153,9 +153,12 @@ def differences(first: Run, second: Run, names: Sequence[str] = SAME) -> dict[st
             if isinstance(side[name], Mapping):
                 side.update({f"{name}.{key}": value for key, value in side.pop(name).items()})
         found |= {key: (one.get(key), two.get(key)) for key in [*one, *two] if one.get(key) != two.get(key)}
-    for name in ("profile", "words") if names is SAME else ():
-        if (one := getattr(first.scorer, name)) != (two := getattr(second.scorer, name)):
-            found[name] = (one, two)
+    if names is SAME and first.scorer.profile != second.scorer.profile:
+        found["profile"] = (first.scorer.profile, second.scorer.profile)
+    if names is SAME and first.scorer.words != second.scorer.words:
+        tables = [dict(run.info.get("words") or {}).get("sha256") for run in (first, second)]
+        if None in tables or tables[0] != tables[1]:
+            found["words"] = (first.scorer.words, second.scorer.words)
     return found
 
 

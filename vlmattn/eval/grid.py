@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -19,7 +19,10 @@ from vlmattn.errors import DataError
 
 MOST = 200
 """A range with more values than this is taken for a slip of the pen."""
+_DIGITS = 30
+"""And numbers with more places than this before or after the point."""
 _NUMBER = r"[+-]?(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+_COMMA = re.compile(r"(?<![\w.])0,(\d+)(?![\w.])")
 _RANGE = re.compile(rf"({_NUMBER})\s*\.\.\s*({_NUMBER})(?:\s*:\s*({_NUMBER}))?")
 
 
@@ -29,8 +32,8 @@ def expand(text: str, fields: Mapping[str, Sequence[Any]] | None = None) -> dict
     Args:
         text: specs, separated by `;`, ranges in them allowed.
         fields: parameter -> values. A method takes them if it has the parameter and the spec does not write it; in
-            "fastv(keep=0.5) + random" a `keep` goes to random only. "random.keep" speaks of that method alone. A spec
-            that takes nothing stays as it is and runs once.
+            "fastv(keep=0.5) + random" a `keep` goes to random only. "random.keep" speaks of that method alone, and
+            goes before a `keep` for all. A spec that takes nothing stays as it is and runs once.
 
     Returns:
         Canonical spec text -> label, in the order written, without repetitions. The label is what was typed, with the
@@ -38,7 +41,7 @@ def expand(text: str, fields: Mapping[str, Sequence[Any]] | None = None) -> dict
 
     Raises:
         SpecError, BudgetError, LayerError, UnknownMethodError: a spec cannot be read, or a value is out of range.
-        DataError: there is no spec, a range is wrong, or no spec takes a parameter.
+        DataError: there is no spec, a range is wrong, or a parameter has no effect on any spec.
     """
     wanted = dict(fields or {})
     for name, values in wanted.items():
@@ -51,7 +54,7 @@ def expand(text: str, fields: Mapping[str, Sequence[Any]] | None = None) -> dict
     taken: set[str] = set()
     written: set[str] = set()
     for plain in itertools.chain.from_iterable(map(_inline, parts)):
-        terms = [_Term(node) for node in _terms(plain)]
+        terms = [_Term(node, wanted) for node in _terms(plain)]
         takes = [name for name in wanted if any(term.takes(name) for term in terms)]
         taken.update(takes)
         written.update(name for name in wanted if any(term.writes(name) for term in terms))
@@ -60,7 +63,8 @@ def expand(text: str, fields: Mapping[str, Sequence[Any]] | None = None) -> dict
             found.setdefault(specs.text(specs.parse(label)), label)
     for name in wanted:
         if name not in taken:
-            raise _nobody(name, text, parts, name in written)
+            ahead = [other for other in wanted if other.rpartition(".")[2] == name and other in taken]
+            raise _nobody(name, text, parts, name in written, ahead)
     return found
 
 
@@ -91,9 +95,9 @@ def fields(keep: str | None, ranges: Sequence[str]) -> dict[str, list[Any]]:
     """The values behind `--keep VALUES` and any number of `--range FIELD=VALUES`.
 
     Raises:
-        DataError: a text is not FIELD=VALUES, or a parameter is given twice.
+        DataError: a text is not FIELD=VALUES, a parameter is given twice, or a share has a decimal comma.
     """
-    found: dict[str, list[Any]] = {} if keep is None else {"keep": values(keep, "--keep")}
+    found: dict[str, list[Any]] = {} if keep is None else {"keep": _shares(keep, "--keep")}
     for text in ranges:
         name, equals, rest = text.partition("=")
         name = name.strip()
@@ -101,14 +105,20 @@ def fields(keep: str | None, ranges: Sequence[str]) -> dict[str, list[Any]]:
             raise DataError(f"--range {text!r} is not FIELD=VALUES; for instance --range before_layer=1..4")
         if name in found:
             raise DataError(f"{name} is given twice; put its values into one list: --range {name}=VALUE,VALUE")
-        found[name] = values(rest, name)
+        found[name] = _shares(rest, name) if fills(name) == "keep" else values(rest, name)
     return found
 
 
-class _Term:
-    """One method of a spec as it was written."""
+def fills(name: str) -> str:
+    """The parameter that a field fills: "keep" for "keep" and for "random.keep"."""
+    return name.rpartition(".")[2]
 
-    def __init__(self, node: ast.expr) -> None:
+
+class _Term:
+    """One method of a spec as it was written, and the fields that may fill it."""
+
+    def __init__(self, node: ast.expr, wanted: Collection[str] = ()) -> None:
+        self.wanted = wanted
         call = node if isinstance(node, ast.Call) else None
         self.name = ast.unparse(call.func if call else node)
         self.given = {str(keyword.arg): ast.unparse(keyword.value) for keyword in (call.keywords if call else ())}
@@ -120,7 +130,8 @@ class _Term:
 
     def takes(self, name: str) -> bool:
         method, _, field = name.rpartition(".")
-        return method in ("", self.name) and field in self.has and field not in self.given
+        mine = method == self.name or (not method and f"{self.name}.{field}" not in self.wanted)
+        return mine and field in self.has and field not in self.given
 
     def text(self, filled: Mapping[str, Any]) -> str:
         given = dict(self.given)
@@ -155,6 +166,9 @@ def _inline(text: str) -> Iterator[str]:
 
 def _range(first: str, last: str, step: str | None, *, where: str) -> list[int] | list[float]:
     start, end, by = Decimal(first), Decimal(last), Decimal(step or "1")
+    for number in (start, end, by):
+        if number and abs(number.adjusted()) > _DIGITS:
+            raise DataError(f"{where}: {number} is not a number that makes sense in a range")
     whole = not any(mark in part for part in (first, last, step or "") for mark in ".eE")
     if not whole and step is None:
         raise DataError(f"{where}: a range of fractions needs a step, such as {first}..{last}:0.25")
@@ -164,6 +178,11 @@ def _range(first: str, last: str, step: str | None, *, where: str) -> list[int] 
     if count > MOST:
         raise DataError(f"{where} stands for {count} values; at most {MOST} make sense, take a larger step")
     found = [start + (by if end >= start else -by) * index for index in range(count)]
+    if found[-1] != end:
+        raise DataError(
+            f"{where}: steps of {step} from {first} end at {found[-1]} and do not reach {last}; write "
+            f"{first}..{found[-1]}:{step}, or take another step"
+        )
     return [int(value) for value in found] if whole else [float(value) for value in found]
 
 
@@ -184,11 +203,27 @@ def _value(text: str, where: str) -> Any:
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise DataError(f"{where}: {text!r} is not a value; expected a number, a word or a list") from None
 
 
-def _nobody(name: str, text: str, parts: Sequence[str], written: bool) -> DataError:
+def _shares(text: str, name: str) -> list[Any]:
+    """`values` of keep, where 0 is no value: "0,5" is a half with a decimal comma."""
+    if _COMMA.search(text):
+        meant = _COMMA.sub(lambda hit: f"0.{hit[1]}", text)
+        raise DataError(
+            f"{name} {text} is the list of {', '.join(_split(text))}, and with 0 nothing is left; a decimal point is "
+            f"meant: {name} {meant}"
+        )
+    return values(text, name)
+
+
+def _nobody(name: str, text: str, parts: Sequence[str], written: bool, ahead: Sequence[str]) -> DataError:
+    if ahead:
+        return DataError(
+            f"{name} has no effect: {' and '.join(ahead)} fill{'s' if len(ahead) == 1 else ''} it in every spec of "
+            f"{text!r} that leaves it open; leave one of them out"
+        )
     if written:
         return DataError(
             f"{name} has no effect: every spec in {text!r} that has this parameter writes it; leave it out there"

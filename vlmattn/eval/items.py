@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,7 +108,8 @@ def match(items: Sequence[Item], said: Iterable[Said], failed: Collection[str] =
     """Pair items with answers by id, in item order; items in `failed` are left out.
 
     Raises:
-        DataError: an answer is missing, twice there, or belongs to no item; the ids are listed.
+        DataError: an answer is missing, twice there, or belongs to no item, or two items have one id; the ids are
+            listed.
     """
     found: dict[str, Said] = {}
     twice = []
@@ -115,12 +117,17 @@ def match(items: Sequence[Item], said: Iterable[Said], failed: Collection[str] =
         if answer.id in found:
             twice.append(answer.id)
         found[answer.id] = answer
-    wanted = {item.id for item in items}
+    wanted = Counter(item.id for item in items)
     missing = [item.id for item in items if item.id not in found and item.id not in failed]
     strange = [key for key in found if key not in wanted]
     problems = [
         f"{len(ids)} {what} ({some(ids)})"
-        for ids, what in ((missing, "without an answer"), (twice, "answered twice"), (strange, "not in the benchmark"))
+        for ids, what in (
+            (missing, "without an answer"),
+            (twice, "answered twice"),
+            (strange, "not in the benchmark"),
+            ([key for key, times in wanted.items() if times > 1], "asked twice"),
+        )
         if ids
     ]
     if problems:

@@ -103,12 +103,15 @@ def line_up(
             if match.spec is None:
                 found.append(Entry(match.label, "", "below floor", match))
             else:
-                found.append(Entry(label if match.level is None else _label(match.spec), match.spec))
+                found.append(Entry(label if match.level is None else written_out(match.spec), match.spec))
     if seeds:
         run = [entry.spec for entry in found if entry.spec]
         extra = controls.specs_for(run, num_layers=num_layers, seeds=seeds)
         found += [Entry(label, spec, "control") for spec, label in extra.items()]
-    return list({entry.spec or entry.label: entry for entry in reversed(found)}.values())[::-1]
+    rows: dict[str, Entry] = {}
+    for entry in found:
+        rows.setdefault(entry.spec or entry.label, entry)  # the first one stays, where it is
+    return list(rows.values())
 
 
 def matching_controls(entries: Sequence[Entry], num_layers: int) -> dict[str, str]:
@@ -139,7 +142,7 @@ def matching_controls(entries: Sequence[Entry], num_layers: int) -> dict[str, st
     return found
 
 
-def _label(spec: str) -> str:
+def written_out(spec: str) -> str:
     """The spec with every budget written out, also where it is the default, so that rows can be told apart."""
     from vlmattn import spec as specs
 

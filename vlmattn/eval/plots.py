@@ -280,10 +280,10 @@ def _looks(graphs: Sequence[Graph]) -> dict[tuple[Role, str], _Look]:
 
 def _order() -> dict[str, int]:
     """Name of a method -> its place in the registry; a user's own methods come after those of the library."""
+    import vlmattn
     from vlmattn import spec
-    from vlmattn.methods.base import Method
 
-    library = Method.__module__.rpartition(".")[0] + "."
+    library = f"{vlmattn.__name__}."
     known = sorted(spec.registry().values(), key=lambda info: not info.cls.__module__.startswith(library))
     return {info.name: place for place, info in enumerate(known)}
 

@@ -24,6 +24,19 @@ except ImportError:  # Windows has no flock; there two writers are not kept apar
     fcntl = None  # type: ignore[assignment]
 
 RUN, RECORDS, COST = "run.json", "records.jsonl", "cost.json"
+OPTIONS = {
+    "bench": "--bench",
+    "data.sha256": "--data, --tasks or --scenes",
+    "data.limit": "--limit",
+    "prompt": "--prompt",
+    "model.name": "--model",
+    "model.dtype": "--dtype",
+    "device": "--device",
+    "sink_dims": "--preset",
+    "decode.max_new_tokens": "--max-new-tokens",
+    "decode.batch_size": "--batch-size",
+}
+"""Part of a run's identity -> the option that decides it."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,7 +78,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / RUN
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder} is not a run folder: it has no {RUN}") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error})") from None
@@ -74,13 +87,49 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return run
 
 
+def read_cost(folder: str | Path) -> dict[str, Any] | None:
+    """The `cost.json` of a run folder, which is written when its last question is answered; None before.
+
+    Raises:
+        DataError: the file is not a JSON object.
+    """
+    path = Path(folder) / COST
+    try:
+        cost = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); delete it and run again") from None
+    if not isinstance(cost, dict):
+        raise DataError(f"{path} holds {_short(cost)}, expected a JSON object; delete it and run again")
+    return cost
+
+
+def check_folder(path: str | Path, identity: Mapping[str, Any]) -> None:
+    """Ask whether `RunFolder` would take a folder, without making or changing anything.
+
+    Args:
+        path: the folder; it may be absent.
+        identity: of the run that would be written into it.
+
+    Raises:
+        DataError: the folder cannot be made because a file is in its way, or it holds another run.
+    """
+    path = Path(path)
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise DataError(f"cannot make the run folder {path}: {there} is a file; choose another --out")
+    _check_identity(path, json.loads(json.dumps(identity)))
+
+
 class RunFolder:
     """Writer of one run; opening an existing folder goes on where it stopped.
 
     Args:
         path: the folder; made if absent.
         identity: what makes two runs the same run (spec, model, data hash, prompt, decode, ...), JSON-able.
-        info: what is worth knowing but may change on resume (versions, command); kept from the first start.
+        info: what is worth knowing but may change on resume (versions, command); kept from the first start, but for
+            what `update_info` changes.
 
     Raises:
         DataError: the folder holds a run with another identity, records without a `run.json`, a corrupt record, or is
@@ -95,12 +144,12 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"cannot make the run folder {self.path}: {error.strerror}; choose another --out") from None
-        self._check_identity()
+        _check_identity(self.path, self.identity)
         # Lock first, then write run.json: of two processes that start together only one makes the folder its own.
         self._file = os.open(self.path / RECORDS, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._lock()
-            self._check_identity()
+            _check_identity(self.path, self.identity)
             run = self.path / RUN
             if not run.exists():
                 write_json(run, {"format": 1, "identity": self.identity, "info": dict(info or {})})
@@ -155,6 +204,30 @@ class RunFolder:
             self._ids = {record["id"] for record in keep}
         return gone
 
+    def sort(self, ids: Sequence[str]) -> None:
+        """Put the records into the order of their questions, so that a run that was mended is the file it would have
+        been; nothing is written where they are in order. Records of other questions go last.
+
+        Args:
+            ids: of the questions, in the order asked.
+        """
+        place = {key: number for number, key in enumerate(ids)}
+        ordered = sorted(self.records, key=lambda record: place.get(record["id"], len(place)))
+        if ordered != self.records:
+            self._replace_records(_encode([json.dumps(record, ensure_ascii=False) for record in ordered]))
+            self.records = ordered
+
+    def update_info(self, changes: Mapping[str, Any]) -> None:
+        """Change entries of `info` in `run.json`, atomically; nothing is written where they are as wanted.
+
+        Args:
+            changes: name -> new value, JSON-able; the other entries and the identity stay.
+        """
+        run = read_run(self.path)
+        info = run.get("info", {}) | json.loads(json.dumps(changes))
+        if info != run.get("info"):
+            write_json(self.path / RUN, run | {"info": info})
+
     def write_cost(self, cost: Mapping[str, Any]) -> None:
         """Write `cost.json` atomically."""
         write_json(self.path / COST, cost)
@@ -183,23 +256,6 @@ class RunFolder:
                 f"{self.path} is being written by another process; wait for it or choose another --out"
             ) from None
 
-    def _check_identity(self) -> None:
-        if not (self.path / RUN).exists():
-            records = self.path / RECORDS
-            if records.exists() and records.stat().st_size:
-                raise DataError(
-                    f"{self.path} has {RECORDS} but no {RUN}: it cannot be told what made them; choose another --out"
-                )
-            return
-        found, wanted = _flat(read_run(self.path)["identity"]), _flat(self.identity)
-        for name in [*wanted, *(name for name in found if name not in wanted)]:
-            if found.get(name) != wanted.get(name):
-                raise DataError(
-                    f"{self.path} holds a run with {name} = "
-                    f"{_short(found.get(name))}, now it is {_short(wanted.get(name))}: "
-                    f"choose another --out, go back to the former value, or delete the folder"
-                )
-
     def _replace_records(self, data: bytes) -> None:
         temporary = self.path / f".{RECORDS}.new"
         file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -214,6 +270,29 @@ class RunFolder:
         os.close(self._file)
         self._file, self._end = file, len(data)
         self._lock()
+
+
+def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
+    if not (path / RUN).exists():
+        records = path / RECORDS
+        if records.exists() and records.stat().st_size:
+            raise DataError(
+                f"{path} has {RECORDS} but no {RUN}: it cannot be told what made them; choose another --out"
+            )
+        return
+    found, wanted = _flat(read_run(path)["identity"]), _flat(identity)
+    names = [*wanted, *(name for name in found if name not in wanted)]
+    different = [
+        f"{name}{f' ({OPTIONS[name]})' if name in OPTIONS else ''} was {_short(found.get(name))}, "
+        f"now it is {_short(wanted.get(name))}"
+        for name in names
+        if found.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise DataError(
+            f"{path} holds another run: {'; '.join(different)}. Choose another --out, go back to the former "
+            "value, or delete the folder"
+        )
 
 
 def _encode(lines: Iterable[str]) -> bytes:
@@ -232,7 +311,7 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Complete records of a file and the byte at which they end."""
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path} does not exist: {path.parent} is not a run folder") from None
     records: list[dict[str, Any]] = []
     seen: set[str] = set()

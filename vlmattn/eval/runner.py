@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vlmattn.errors import DataError
 from vlmattn.eval import records as run_records
 from vlmattn.eval import summary
+from vlmattn.eval.bench import describe_words
 from vlmattn.eval.benchmarks import pope
-from vlmattn.eval.items import Benchmark, Item
-from vlmattn.eval.lineup import Entry
+from vlmattn.eval.items import Benchmark, Item, some
+from vlmattn.eval.lineup import Entry, written_out
 from vlmattn.eval.records import RunFolder
-from vlmattn.eval.runs import Run
+from vlmattn.eval.runs import Run, check_records
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +41,17 @@ Progress = Callable[[str, int, int], None]
 VALIDATION = "validation"
 YES_NO = "yes_no"
 """The kind of questions whose margins are recorded."""
+NOT_GREEDY = frozenset(
+    (
+        *("transformers_version", "_from_model_config", "bos_token_id", "pad_token_id", "eos_token_id"),
+        *("decoder_start_token_id", "max_length", "max_new_tokens", "use_cache", "return_dict_in_generate"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+        *("do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+        *("num_beams", "num_beam_groups", "early_stopping", "length_penalty", "diversity_penalty"),
+    )
+)
+"""Generation settings of a checkpoint that say nothing about greedy answers: token ids, lengths that the runner sets,
+outputs, sampling and beams. Whatever else is not the default is a part of a run's identity."""
 
 
 class AsksModel(Protocol):
@@ -48,6 +60,16 @@ class AsksModel(Protocol):
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> Answers:
         """Answer prompts[i] about images[i]."""
         ...
+
+
+def check_seed(seed: int) -> None:
+    """Whether torch and numpy take a seed.
+
+    Raises:
+        DataError: it is below 0, or 2**63 or more.
+    """
+    if not 0 <= seed < 2**63:
+        raise DataError(f"--seed {seed} must be 0 or more and below 2**63; for instance --seed 0")
 
 
 @dataclass(frozen=True)
@@ -80,6 +102,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"--{name.replace('_', '-')} {value} must be 1 or more")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -169,14 +192,15 @@ def sweep(
         progress: called with (spec, records done, records in all); before the first question once for every run.
 
     Returns:
-        One row per spec, scored, with intervals and cost, and against the baseline; then the threshold control, if it
-        was asked for and there are yes/no questions.
+        One row per spec, scored, with intervals and cost, against the baseline, and methods with pruners also against
+        random tokens at the same layer, where such a row is there; then the threshold control, if it was asked for and
+        there are yes/no questions.
 
     Raises:
         VlmattnError: a spec does not fit the model (asked for all specs before the first run), or a folder holds
         another run.
     """
-    from vlmattn.eval import controls, views
+    from vlmattn.eval import controls, lineup, views
 
     entries = _entries(specs)
     baseline, *_ = entries
@@ -184,7 +208,7 @@ def sweep(
     check_specs(loaded, [entry.spec for entry in entries if entry.spec])
     items = ordered(bench, bench.take(settings.limit))
     jobs = {
-        entry.spec: Job(entry.spec, entry.spec, entry.label, bench, items, out / slug(entry.spec))
+        entry.spec: Job(entry.spec, entry.spec, entry.label, bench, items, out / slug(written_out(entry.spec)))
         for entry in entries
         if entry.spec
     }
@@ -193,29 +217,43 @@ def sweep(
         jobs[VALIDATION] = _validation(bench.validation(), baseline, out, settings)
     runs = answer_all(loaded, list(jobs.values()), settings, progress)
     base = runs[baseline.spec]
+    random = lineup.matching_controls(entries, loaded.model.config.get_text_config().num_hidden_layers)
     rows = []
     for entry in entries:
         if entry.below is not None:
             rows.append(summary.below_floor(entry.below, entry.label))
         else:
             other = None if entry is baseline else base
-            rows.append(summary.row(runs[entry.spec], other, role=entry.role, seed=settings.seed))
+            matched = runs[random[entry.spec]] if entry.spec in random else None
+            rows.append(summary.row(runs[entry.spec], other, role=entry.role, seed=settings.seed, control=matched))
     shown = [runs[entry.spec] for entry in entries if entry.spec]
+    notes = _others(out, [job.folder for job in jobs.values()])
     if tuned:
         try:
             if VALIDATION not in runs:
-                raise DataError(f"{bench.source} has no validation split")
-            control = controls.threshold(base, runs[VALIDATION]).run
+                raise DataError("there are no other images of this benchmark to tune a bias on")
+            control = controls.threshold(base, runs[VALIDATION])
         except DataError as error:  # told below the table, which stands without it
-            note = "; ".join(filter(None, (rows[0].note, f"no threshold control: {error}")))
-            rows[0] = dataclasses.replace(rows[0], note=note)
+            notes.append(f"no threshold control: {error}")
         else:
-            rows.append(summary.row(control, base, role="control", seed=settings.seed))
-            shown.append(control)
+            row = summary.row(control.run, base, role="control", seed=settings.seed)
+            rows.append(dataclasses.replace(row, note="; ".join(filter(None, (control.note, row.note)))))
+            shown.append(control.run)
+    if notes:
+        rows[0] = dataclasses.replace(rows[0], note="; ".join(filter(None, (rows[0].note, *notes))))
     about = {"model": loaded.name, "settings": identity(loaded, bench, "", settings), **versions()}
     summary.write(out, bench, rows, about)
     views.write_sweep(out, bench, rows, shown, about)
     return rows
+
+
+def _others(out: Path, used: Sequence[Path]) -> list[str]:
+    """What to say about runs of former sweeps in the same folder, which its tables do not show."""
+    found = sorted(path.parent.name for path in out.glob(f"*/{run_records.RUN}") if path.parent not in used)
+    if not found:
+        return []
+    names = f"{some(found)}: {'it is' if len(found) == 1 else 'they are'} in the folder but not in this table"
+    return [f"{len(found)} other run{'s' * (len(found) > 1)} ({names}; vlmattn compare takes run folders)"]
 
 
 def ordered(bench: Benchmark, items: Sequence[Item]) -> list[Item]:
@@ -237,6 +275,8 @@ def answer_all(
     """
     from vlmattn import VisionStore
 
+    for job in jobs:  # all of them before the first question, and before progress is shown
+        run_records.check_folder(job.folder, identity(loaded, job.bench, job.spec, settings))
     if progress:
         for job in jobs:
             progress(job.name, _done(job), len(job.items))
@@ -294,6 +334,7 @@ def identity(loaded: Loaded, bench: Benchmark, spec: str, settings: Settings) ->
             "num_beams": 1,
             "max_new_tokens": settings.max_new_tokens,
             "batch_size": settings.batch_size,
+            **({"generation_config": generation} if (generation := _generation(loaded.model)) else {}),
         },
         # Records of two versions of a method or of a kernel must not stand in one file.
         "versions": {name: versions()["versions"][name] for name in ("vlmattn", "torch", "transformers")},
@@ -311,7 +352,7 @@ def info(loaded: Loaded, bench: Benchmark, settings: Settings) -> dict[str, Any]
         "data": {"source": bench.source, "files": dict(bench.files)},
         "pictures": dict(bench.pictures),
         "profile": bench.scorer.profile,
-        "words": bench.scorer.words,
+        "words": describe_words(bench.scorer),
         "model_class": type(loaded.model).__name__,
         "image_size": {
             name: _plain(getattr(images, name)) for name in names if getattr(images, name, None) is not None
@@ -344,7 +385,7 @@ def _validation(bench: Benchmark, baseline: Entry, out: Path, settings: Settings
     """The run on which the threshold control is tuned: the yes/no questions of the validation split."""
     kinds = _kinds(bench, bench.items)
     items = [item for item in bench.take(settings.limit) if kinds[item.group] == YES_NO]
-    folder = out / VALIDATION / slug(baseline.spec)
+    folder = out / VALIDATION / slug(written_out(baseline.spec))
     return Job(VALIDATION, baseline.spec, f"{baseline.label} on the validation split", bench, items, folder)
 
 
@@ -354,11 +395,12 @@ def _kinds(bench: Benchmark, items: Iterable[Item]) -> dict[str, str]:
 
 
 def _done(job: Job) -> int:
-    """How many records the job's folder has; mistakes in it are told when it is opened for writing."""
+    """How many of its questions the job's folder has; mistakes in it are told when it is opened for writing."""
     try:
-        return len(run_records.read_records(job.folder))
+        ids = {record["id"] for record in run_records.read_records(job.folder)}
     except DataError:
         return 0
+    return sum(item.id in ids for item in job.items)
 
 
 def _answer(loaded: Loaded, job: Job, settings: Settings, store: VisionStore | None, progress: Progress | None) -> Run:
@@ -370,6 +412,9 @@ def _answer(loaded: Loaded, job: Job, settings: Settings, store: VisionStore | N
     torch.manual_seed(settings.seed)
     what, about = identity(loaded, job.bench, job.spec, settings), info(loaded, job.bench, settings)
     with RunFolder(job.folder, what, about | {"questions": len(job.items)}) as folder:
+        check_records(job.folder, folder.records)
+        # Answers are scored as this command says, also those that were there: what reads the folder does the same.
+        folder.update_info({name: about[name] for name in ("profile", "words")})
         if settings.retry_failed:
             folder.forget_failed()
         peak = _peak_before(folder)
@@ -382,6 +427,7 @@ def _answer(loaded: Loaded, job: Job, settings: Settings, store: VisionStore | N
             peak = max((number for number in (peak, ask.peak_memory_bytes) if number is not None), default=None)
         elif progress:
             progress(job.name, len(job.items), len(job.items))
+        folder.sort([item.id for item in job.items])
         about = run_records.read_run(job.folder)["info"]
         run = Run(str(job.folder), job.label, folder.identity, about, folder.records, job.bench.scorer, peak)
         folder.write_cost({"peak_memory_bytes": peak, **run.cost})
@@ -437,6 +483,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _generation(model: Any) -> dict[str, Any]:
+    """What the checkpoint's generation settings change in greedy decoding: those that are not the default."""
+    found = json.loads(model.generation_config.to_json_string(use_diff=True))
+    return {name: value for name, value in sorted(found.items()) if name not in NOT_GREEDY}
+
+
 def _warm_up(job: Job, ask: AsksModel, batch_size: int) -> None:
     """Pay for the first call of a shape before anything is timed."""
     opened = [(_open(job.bench, item.image), item) for item in job.items[:batch_size]]
@@ -447,10 +499,7 @@ def _warm_up(job: Job, ask: AsksModel, batch_size: int) -> None:
 
 def _peak_before(folder: RunFolder) -> int | None:
     """Peak memory of the former part of a run."""
-    try:
-        return json.loads((folder.path / run_records.COST).read_text(encoding="utf-8")).get("peak_memory_bytes")
-    except (OSError, ValueError):
-        return None
+    return (run_records.read_cost(folder.path) or {}).get("peak_memory_bytes")
 
 
 def _plain(value: Any) -> Any:

@@ -58,7 +58,8 @@ class Run:
             partial: take a run that was stopped before its last question.
 
         Raises:
-            DataError: not a run folder, no records, or (unless `partial`) fewer records than questions.
+            DataError: not a run folder, no records, a record that lacks something, or (unless `partial`) fewer records
+                than questions; the word table of the run is gone or was changed.
         """
         from vlmattn.eval import bench
 
@@ -67,7 +68,8 @@ class Run:
         identity, info = described["identity"], described.get("info", {})
         if not found:
             raise DataError(f"{path} has no records yet; start its `vlmattn eval` command again")
-        cost = _cost(path)
+        check_records(path, found)
+        cost = run_records.read_cost(path)
         wanted = info.get("questions")
         missing = cost is None if wanted is None else len(found) < wanted
         if missing and not partial:
@@ -75,8 +77,8 @@ class Run:
             raise DataError(
                 f"{path} {lack}; start its `vlmattn eval` command again, or use --force to take what is there"
             )
-        profile, words = profile or info.get("profile", "official"), words or info.get("words") or None
-        scorer = bench.scorer(identity.get("bench", ""), profile, words)
+        table = bench.recorded_words(info.get("words")) if words is None else words
+        scorer = bench.scorer(identity.get("bench", ""), profile or info.get("profile", "official"), table)
         run = cls(
             folder=str(path),
             label=label or str(identity.get("spec", path.name)),
@@ -204,12 +206,27 @@ def _rows(sweep: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def _cost(path: Path) -> dict[str, Any] | None:
-    """`cost.json`, which is written when the last question is answered; None before."""
-    try:
-        value = json.loads((path / run_records.COST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise DataError(f"{path / run_records.COST} is not JSON ({error}); delete it and run again") from None
-    return value if isinstance(value, dict) else {}
+def check_records(folder: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Whether records have what scoring and cost need.
+
+    Raises:
+        DataError: one does not; the record and what it lacks are named.
+    """
+    for record in records:
+        kinds: dict[str, type] = dict.fromkeys(("image", "group", "question", "label"), str)
+        if (status := record.get("status")) == "ok":
+            kinds |= {"text": str, "cost": dict, "time": dict}
+        elif status != "failed":
+            raise _unusable(folder, record, f"status {status!r}, expected 'ok' or 'failed'")
+        for name, kind in kinds.items():
+            if not isinstance(record.get(name), kind):
+                what = "a text" if kind is str else "an object"
+                raise _unusable(folder, record, f"{name} {record[name]!r}, expected {what}" if name in record else name)
+
+
+def _unusable(folder: str | Path, record: Mapping[str, Any], what: str) -> DataError:
+    lack = "has" if ", expected" in what else "lacks"
+    return DataError(
+        f"{Path(folder) / run_records.RECORDS}: record {record['id']!r} {lack} {what}; the file was changed or is of "
+        "another version: delete the folder and run again"
+    )

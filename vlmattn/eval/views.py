@@ -421,6 +421,8 @@ def _facts(run: Run) -> dict[str, str]:
     )
     limit = data.get("limit")
     how = "greedy" if not decode.get("do_sample") and decode.get("num_beams") == 1 else _words(decode)
+    if more := decode.get("generation_config"):
+        how += f" with the checkpoint's {_words(more)}"
     values = {
         "model": f"{model.get('name', 'unknown')} ({kind})" if kind else str(model.get("name", "unknown")),
         "checkpoint": model.get("fingerprint"),

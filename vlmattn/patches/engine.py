@@ -141,10 +141,10 @@ class Engine:
                 hook = functools.partial(self._on_heads, index)
                 stack.callback(projection.register_forward_pre_hook(hook).remove)
             if self.store is not None and not self.program.looks_inside_tower:
-                parts = [self.family.part(self.model, name) for name in ("vision_tower", "projector")]
                 for name in self.family.feature_methods:
                     original = getattr(self.multimodal, name)
-                    self._replace(stack, self.multimodal, name, shared(original, self.store, self.model, parts))
+                    behind = shared(original, self.store, self.model, self.multimodal, self.text_model)
+                    self._replace(stack, self.multimodal, name, behind)
             if "content_key" in self.program.needs:  # around the shared methods: keys are taken whether they run or not
                 for place, (name, split) in enumerate(self.family.feature_methods.items()):
                     put = functools.partial(self._put_keys, place)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import operator
 import threading
 import time
+import types
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from vlmattn.errors import CallError
@@ -56,14 +59,22 @@ class VisionStore:
     order and number, gets a copy of what that one returned, without running tower and projector; outputs are
     bit-identical. What a call holds is one entry: the same image in another batch is another entry.
 
-    Sharing is left out, and the tower runs, where a method needs to see what happens inside the tower, where gradients
-    of tower, projector or pixels are recorded, and where an argument or output is of a kind that cannot be compared or
-    copied. Hooks of your own on the tower do not run for a shared call. Hidden states and attentions of the tower's
-    layers are neither kept nor returned unless the call asks for them (`output_hidden_states`, `output_attentions`).
+    Sharing is left out, and the tower runs, where a method needs to see what happens inside the tower, where a module
+    is in training mode, where gradients of tower, projector or pixels are recorded, and where an argument or output is
+    of a kind that cannot be compared or copied. Hooks of your own on the tower do not run for a shared call. Hidden
+    states and attentions of the tower's layers are neither kept nor returned unless the call asks for them
+    (`output_hidden_states`, `output_attentions`).
 
-    Entries belong to one model and to its weights as they are. Replaced or in-place changed weights of tower and
-    projector are noticed and the entries dropped; a change through `parameter.data` is not: call `clear()` after it.
-    One store may serve several threads.
+    Entries belong to one model as it is, and are dropped when it changes. Every call looks at the multimodal model
+    without its language model: at modules (which, of which class, with which forward hooks), at parameters and buffers
+    (replaced, moved, cast, written in place), at instance attributes that are plain values, containers of such,
+    functions or tensors (a LoRA's `scaling`, a switched-off adapter), at the configuration (`vision_feature_layer`),
+    and at autocast.
+
+    Not noticed are writes through `parameter.data.add_(...)` and other views that count no versions, in-place writes to
+    tensors made under `torch.inference_mode()`, changes inside attributes of other kinds (objects of your own),
+    functions patched into a class or module of Python, hooks on all modules, and settings of PyTorch such as
+    `torch.backends`: call `clear()` after them. One store may serve several threads.
 
     Args:
         max_bytes: how much the entries may hold, on the device of the features. When it is reached, further outputs are
@@ -88,7 +99,7 @@ class VisionStore:
         self.hits = self.misses = self.left_out = self.stored_bytes = 0
         self.saved_ms = 0.0
         self._entries: dict[bytes, _Entry] = {}
-        self._weights: tuple[Any, ...] | None = None
+        self._state: State | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._lock = threading.RLock()  # reentrant: a model may be collected, and its entries dropped, under the lock
 
@@ -124,17 +135,17 @@ class VisionStore:
                     "for every model, or call clear() on this one first"
                 )
 
-    def find(self, key: bytes, weights: tuple[Any, ...]) -> Any:
+    def find(self, key: bytes, state: State) -> Any:
         """A copy of the output stored under `key`, in the caller's inference mode; None if there is none.
 
         Args:
             key: of the call.
-            weights: what identifies tower and projector now; entries made by others are dropped.
+            state: of the model now; entries made in another are dropped.
         """
         with self._lock:
-            if weights != self._weights:
+            if self._state is None or not state.same(self._state):
                 self._drop()
-                self._weights = weights
+                self._state = state
             entry = self._entries.get(key)
             if entry is None:
                 self.misses += 1
@@ -143,11 +154,11 @@ class VisionStore:
             self.saved_ms += entry.milliseconds
         return copied(entry.output)
 
-    def put(self, key: bytes, weights: tuple[Any, ...], output: Any, milliseconds: float) -> None:
+    def put(self, key: bytes, state: State, output: Any, milliseconds: float) -> None:
         """Store a copy of `output`, which took so long to compute, if there is room."""
         size = _nbytes(output)
         with self._lock:
-            if weights != self._weights or key in self._entries:
+            if self._state is None or not state.same(self._state) or key in self._entries:
                 return
             if self.stored_bytes + size > self.max_bytes:
                 self.left_out += 1
@@ -157,7 +168,7 @@ class VisionStore:
 
     def _drop(self) -> None:
         self._entries.clear()
-        self.stored_bytes, self._weights = 0, None
+        self.stored_bytes, self._state = 0, None
 
     def _forget(self, model: weakref.ref[nn.Module]) -> None:
         """The model is gone, and with it the use of its features."""
@@ -179,7 +190,7 @@ class _OddValueError(Exception):
 
 
 def shared(
-    original: Callable[..., Any], store: VisionStore, model: nn.Module, parts: Sequence[nn.Module]
+    original: Callable[..., Any], store: VisionStore, model: nn.Module, root: nn.Module, apart: nn.Module | None = None
 ) -> Callable[..., Any]:
     """`original`, a feature method, behind a store.
 
@@ -187,7 +198,8 @@ def shared(
         original: the method, bound.
         store: where its outputs are kept.
         model: the wrapped model, to which the store must belong.
-        parts: the modules that the method runs.
+        root: the module whose method it is; features depend on it and on what is in it when the method is called.
+        apart: a module in `root` that the method does not run, such as the language model.
     """
     signature = inspect.signature(original)
 
@@ -196,19 +208,20 @@ def shared(
     def features(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        weights = [weight for part in parts for weight in part.parameters()]
-        if any(part.training for part in parts) or _records_gradients(weights, bound.arguments):
+        modules = _modules(root, apart)
+        weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+        if any(module.training for module in modules) or _records_gradients(weights, bound.arguments):
             return original(*args, **kwargs)
         store.bind(model)
+        device = weights[0].device if weights else torch.device("cpu")
         try:
             key = call_key(original.__name__, bound.arguments)
+            state = read_state(modules, getattr(apart, "config", None), device)
         except _OddValueError:
             return original(*args, **kwargs)
-        state = _state(parts, weights)
         found = store.find(key, state)
         if found is not None:
             return found
-        device = weights[0].device if weights else torch.device("cpu")
         start = _now(device)
         output = original(*args, **kwargs)
         milliseconds = 1e3 * (_now(device) - start)
@@ -303,16 +316,125 @@ def _records_gradients(weights: Sequence[Tensor], arguments: Mapping[str, Any]) 
     return any(tensor.requires_grad for tensor in (*weights, *given))
 
 
-def _state(parts: Sequence[nn.Module], weights: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What the features depend on beside the arguments, read without looking at a value.
+@dataclass(frozen=True, eq=False)
+class State:
+    """What the features depend on beside the arguments of a call, read without looking at a value of a tensor.
 
-    Tensors made under inference mode count no versions; nothing else may change them in place.
+    Things are told by weak references, never by address: an address is used again when its thing is gone.
     """
-    device = weights[0].device.type if weights else "cpu"
-    attention = [getattr(getattr(part, "config", None), "_attn_implementation", None) for part in parts]
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    values = [(weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version) for weight in weights]
-    return (*attention, autocast, *values)
+
+    things: tuple[weakref.ref[Any], ...]
+    facts: tuple[Any, ...]
+
+    def same(self, other: State) -> bool:
+        """Whether nothing has changed between the two, as far as can be seen."""
+        return (
+            len(self.things) == len(other.things)
+            and all(map(operator.is_, self.things, other.things))  # a thing has one plain reference as long as it lives
+            and self.facts == other.facts
+        )
+
+
+_CAPTURE = "transformers.utils.output_capturing"
+"""Where the hooks come from that transformers leaves on a tower when its layers' states are first asked for."""
+
+_BASE = frozenset({*nn.Module().__dict__, "_output_capturing_hooks_installed"})
+"""Instance attributes that every module has, and the mark of those hooks."""
+
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, torch.dtype, torch.device})
+_FUNCTIONS = frozenset({types.FunctionType, types.MethodType, functools.partial})
+
+
+def _modules(root: nn.Module, apart: nn.Module | None) -> list[nn.Module]:
+    """`root` and the modules in it, each once, in a fixed order, without `apart` and what is only in there."""
+    found: dict[nn.Module, None] = {}
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if module is not apart and module not in found:
+            found[module] = None
+            waiting += [child for child in module._modules.values() if child is not None]
+    return list(found)
+
+
+def read_state(modules: Sequence[nn.Module], apart: Any, device: torch.device) -> State:
+    """The state of a model.
+
+    Args:
+        modules: all that the features may depend on; the first is the one whose method computes them, so that hooks on
+            it, and functions and tensors that a call leaves on it, are no matter.
+        apart: a configuration that is no matter, wherever it is met.
+        device: where the weights are, for autocast.
+
+    Raises:
+        _OddValueError: a parameter or buffer has no memory that can be told.
+    """
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    things: list[weakref.ref[Any]] = []
+    facts: list[Any] = [autocast]
+    configs: dict[int, PretrainedConfig] = {}
+    for module in modules:
+        things.append(weakref.ref(module))
+        facts.append(type(module))
+        for name, child in module._modules.items():
+            facts.append(name)
+            if child is not None:
+                things.append(weakref.ref(child))
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                facts.append(name)
+                if tensor is not None:
+                    _tell(tensor, things, facts)
+        inner = module is not modules[0]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks) if inner else ():
+            for number, hook in hooks.items():
+                if getattr(hook, "__module__", "") != _CAPTURE:
+                    facts.append(number)  # none is given twice
+        for name, value in module.__dict__.items():
+            kind = type(value)
+            if name in _BASE or value is None:
+                continue
+            if kind in _PLAIN:
+                facts += (name, value)
+            elif kind in (list, tuple, dict, set):
+                facts += (name, _frozen(value, apart))
+            elif isinstance(value, PretrainedConfig):
+                facts += (name, id(value))
+                configs[id(value)] = value
+            elif inner and kind in _FUNCTIONS:
+                facts.append(name)
+                things.append(weakref.ref(value))
+            elif inner and isinstance(value, Tensor):
+                facts.append(name)
+                _tell(value, things, facts)
+    facts += (_frozen(config, apart) for config in configs.values())
+    return State(tuple(things), tuple(facts))
+
+
+def _tell(tensor: Tensor, things: list[weakref.ref[Any]], facts: list[Any]) -> None:
+    """Note which tensor this is, where its memory lies, and how often it was written."""
+    try:
+        things += (weakref.ref(tensor), weakref.ref(tensor.untyped_storage()))
+        facts += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    except (RuntimeError, NotImplementedError) as error:
+        raise _OddValueError from error
+    facts.append(0 if tensor.is_inference() else tensor._version)  # those of inference mode count none
+
+
+def _frozen(value: Any, apart: Any) -> Any:
+    """A nested value as it is now, for comparison: plain values, containers and configurations; None for the rest."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind in (list, tuple):
+        return kind, *[_frozen(item, apart) for item in value]
+    if kind is dict:
+        return kind, *value, *[_frozen(item, apart) for item in value.values()]
+    if kind is set:
+        return frozenset(value)
+    if isinstance(value, PretrainedConfig) and value is not apart:
+        return kind, _frozen(value.__dict__, apart)
+    return None
 
 
 def _now(device: torch.device) -> float:

@@ -84,6 +84,18 @@ def is_unparsed(text: str, profile: str = "official") -> bool:
     return parse(text, profile) == "other"
 
 
+def gold(item: Item) -> str:
+    """The gold label of a yes/no question, in lower case.
+
+    Raises:
+        DataError: it is neither yes nor no; the item is named.
+    """
+    label = item.label.lower()
+    if label not in ("yes", "no"):
+        raise DataError(f"item {item.id} (image {item.image}): the label {item.label!r} is neither 'yes' nor 'no'")
+    return label
+
+
 COLUMNS = ("tp", "fp", "tn", "fn", "other_yes", "other_no", "unparsed", "total")
 _TP, _FP, _TN, _FN, _OTHER_YES, _OTHER_NO, _UNPARSED, _TOTAL = range(len(COLUMNS))
 _CELLS = {
@@ -139,7 +151,7 @@ def kind(profile: str = "official") -> Kind:
     def count(pairs: Sequence[tuple[Item, Said]]) -> list[int]:
         row = [0] * len(COLUMNS)
         for item, said in pairs:
-            row[_CELLS[item.label, read(said.text)]] += 1
+            row[_CELLS[gold(item), read(said.text)]] += 1
             row[_UNPARSED] += is_unparsed(said.text, profile)
         row[_TOTAL] = len(pairs)
         return row
@@ -149,7 +161,7 @@ def kind(profile: str = "official") -> Kind:
         columns=COLUMNS,
         count=count,
         formulas=FORMULAS,
-        mark=lambda item, said: read(said.text) == item.label,
+        mark=lambda item, said: read(said.text) == gold(item),
         verdict=lambda item, said: read(said.text),
     )
 
@@ -248,10 +260,10 @@ def _rows(path: Path, data: bytes, category: str) -> list[Item]:
             raise DataError(f"{where}, field 'question_id': {key} was already used in line {seen[key]}")
         seen[key] = number
         label = _field(row, "label", (str,), where)
-        if label not in ("yes", "no"):
+        if label.lower() not in ("yes", "no"):
             raise DataError(f"{where}, field 'label': {label!r} is neither 'yes' nor 'no'")
         image, text = _field(row, "image", (str,), where), _field(row, "text", (str,), where)
-        items.append(Item(f"{category}/{key}", image, text, label, category))
+        items.append(Item(f"{category}/{key}", image, text, label.lower(), category))
     if not items:
         raise DataError(f"{path} has no rows; fetch it again from {URL}")
     return items
