@@ -192,10 +192,10 @@ def test_run_takes_a_preset_and_says_that_it_is_idle(tmp_path: Path, added: None
     runner = CliRunner()
     none = {"names": [SINK], "hidden_size": 128, "num_layers": 6, "sink_dims": [], "source": "test"}
     (tmp_path / "none.json").write_text(json.dumps(none))
-    with pytest.warns(VlmattnWarning, match="no visual sinks"):
-        args = ["run", "scene:3", "--model", SINK, "--methods", "var", "--preset", str(tmp_path / "none.json")]
-        result = runner.invoke(app, args)
+    args = ["run", "scene:3", "--model", SINK, "--methods", "var", "--preset", str(tmp_path / "none.json")]
+    result = runner.invoke(app, args)
     assert result.exit_code == 0, result.output
+    assert "note: var does nothing" in result.stderr and "no visual sinks" in result.stderr
     result = runner.invoke(app, ["run", "scene:3", "--methods", "var", "--preset", str(tmp_path / "missing.json")])
     assert result.exit_code == 2 and "cannot be read" in result.stderr
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vlmattn.errors import DataError
+from vlmattn.errors import DataError, VlmattnWarning
 from vlmattn.eval import bench as benches
 from vlmattn.eval import controls, grid, lineup, models, runner, stats, summary
 from vlmattn.eval.answer import yes_no_tokens
@@ -163,7 +163,7 @@ def test_without_margins_the_table_stands_and_says_so(
 def test_without_a_validation_split_the_table_says_so(loaded: models.Loaded, scenes: Any, tmp_path: Path) -> None:
     bench = dataclasses.replace(scenes, validation=None)
     (row,) = runner.sweep(loaded, bench, {"none": "none"}, tmp_path, settings(threshold=True, limit=2))
-    assert "no threshold control" in row.note and "has no validation split" in row.note
+    assert "no threshold control" in row.note and "no other images" in row.note
 
 
 def test_tokens_of_yes_and_no() -> None:
@@ -244,7 +244,7 @@ def test_a_random_row_that_was_typed_counts_if_it_is_the_same() -> None:
 
 def test_a_sweep_tests_methods_against_their_random_rows(loaded: models.Loaded, scenes: Any, tmp_path: Path) -> None:
     specs = grid.expand("none; fastv(keep=0.25, before_layer=2); var; random(keep=0.25, before_layer=2)")
-    with models.quiet():
+    with models.quiet(), pytest.warns(VlmattnWarning, match="var does nothing on 'scenes-llava'"):
         rows = runner.sweep(loaded, scenes, specs, tmp_path, settings())
     assert [row.label for row in rows] == list(specs.values())
     assert [row.control for row in rows] == ["", "random(keep=0.25, before_layer=2)", "", ""]
