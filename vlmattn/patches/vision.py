@@ -12,6 +12,7 @@ import types
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,11 +226,9 @@ def shared(
         start = _now(device)
         output = original(*args, **kwargs)
         milliseconds = 1e3 * (_now(device) - start)
-        try:
+        with suppress(_OddValueError):  # what cannot be copied is not kept
             output = asked_for(output, bound.arguments)
             store.put(key, state, output, milliseconds)
-        except _OddValueError:
-            pass
         return output
 
     return features
