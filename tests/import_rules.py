@@ -60,6 +60,7 @@ RULES = (
         ("torch", "transformers", "numpy", "safetensors", "matplotlib", "triton"),
     ),
     Rule("scenes", ("errors",), None),
+    Rule("scenes.measure", ("", "errors", "scenes"), None),
     Rule("scenes.planted_measure", ("", "errors", "discover", "methods", "presets", "scenes"), None),
     Rule("eval", (*PUBLIC, "presets", "viz"), None),
     Rule("viz", PUBLIC, None),

@@ -17,10 +17,10 @@ from vlmattn.eval.benchmarks import exact, localisation, pope, scenes
 from vlmattn.eval.items import Benchmark, Item, Said
 from vlmattn.scenes import benchmark
 from vlmattn.scenes.questions import existence
-from vlmattn.scenes.render import PLATE_SIZE
-from vlmattn.scenes.splits import ALL_TASKS, TASKS
+from vlmattn.scenes.render import plate_size
+from vlmattn.scenes.splits import ALL_LATER_TASKS, ALL_TASKS, LATER_TASKS, TASKS
 from vlmattn.scenes.text import UNKNOWN_ID, encode
-from vlmattn.scenes.world import NUM_TYPES, absent_partners, type_name
+from vlmattn.scenes.world import NUM_TYPES, WORLD_1, WORLD_2, WORLDS, absent_partners, type_name
 
 
 @pytest.fixture(scope="module")
@@ -160,16 +160,23 @@ def test_pairs_ask_for_one_object_that_is_there_and_one_that_is_not() -> None:
     assert 0 < partners < len(by_image), "both kinds of negatives occur"
 
 
-def test_pairs_change_no_other_question_and_use_known_words() -> None:
-    with_pairs, without = benchmark("test", ALL_TASKS, 20), benchmark("test", TASKS, 20)
+@pytest.mark.parametrize(
+    ("world", "every", "published"),
+    [(WORLD_1.name, ALL_TASKS, TASKS), (WORLD_2.name, ALL_LATER_TASKS, LATER_TASKS)],
+)
+def test_pairs_change_no_other_question_and_use_known_words(
+    world: str, every: tuple[str, ...], published: tuple[str, ...]
+) -> None:
+    with_pairs, without = benchmark("test", every, 20, world=world), benchmark("test", published, 20, world=world)
     strip = [{**row, "question_id": 0} for row in with_pairs.rows if row["task"] != "pairs"]
     assert strip == [{**row, "question_id": 0} for row in without.rows]
     assert all(UNKNOWN_ID not in encode(row["text"]) for row in with_pairs.rows)
-    assert benchmark("test", ("pairs",), 5, 1).rows != benchmark("test", ("pairs",), 5).rows
+    assert benchmark("test", ("pairs",), 5, 1, world).rows != benchmark("test", ("pairs",), 5, 0, world).rows
 
 
-def test_gold_of_captions_and_boxes(whole: Benchmark) -> None:
-    data = benchmark("test", ("loc", "caption"), 20)
+@pytest.mark.parametrize("world", WORLDS)
+def test_gold_of_captions_and_boxes(world: str) -> None:
+    data = benchmark("test", ("loc", "caption"), 20, world=world)
     for row in data.rows:
         gold, scene = data.gold(row), data.scene(row["image"])
         if row["task"] == "caption":
@@ -178,10 +185,14 @@ def test_gold_of_captions_and_boxes(whole: Benchmark) -> None:
             continue
         name = row["text"].removeprefix("Where is the ").removesuffix("?")
         [box] = [box for box in data.boxes(row["image"]) if getattr(box.item, "name", None) == name]
-        x0, y0, x1, y1 = (96 * side for side in gold["box"])
+        x0, y0, x1, y1 = (data.world.image_size * side for side in gold["box"])
         assert (round(x0), round(y0), round(x1 - x0), round(y1 - y0)) == (box.left, box.top, box.width, box.height)
-        assert (box.width, box.height) != PLATE_SIZE
-        assert localisation.iou(tuple(gold["box"]), scenes.PLACES[row["label"]]) > 0.2
+        assert (box.width, box.height) != plate_size(data.world)
+        if data.world == WORLD_1:
+            assert localisation.iou(tuple(gold["box"]), scenes.PLACES[row["label"]]) > 0.2
+
+
+def test_only_captions_and_boxes_have_gold(whole: Benchmark) -> None:
     assert {item.group for item in whole.items if item.gold} == {"loc", "caption"}
 
 

@@ -17,8 +17,8 @@ import torch
 
 from vlmattn import scenes
 from vlmattn.errors import DataError
+from vlmattn.scenes import measure
 from vlmattn.scenes.measure import (
-    FLOORS,
     SHORT_TASKS,
     caption_scores,
     chat_prompt,
@@ -30,6 +30,7 @@ from vlmattn.scenes.questions import EXISTENCE_TASKS
 from vlmattn.scenes.world import PARTNER, random_state, sample_scene, type_name
 
 NAME = "scenes-llava"
+FLOORS = measure.FLOORS["1"]
 GOLDEN = Path(__file__).parent / "data" / "scenes_golden.json"
 GOLDEN_TASKS = ("exist-random", "color", "shape", "cell", "loc", "rel", "digits", "caption")
 FRESH_SEED = 4242

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from vlmattn.scenes.model import PackedForward, build_model, normalized_pixels
-from vlmattn.scenes.packing import PREFIX, SLOT_GROUPS, training_batch
+from vlmattn.scenes.packing import training_batch
 from vlmattn.scenes.text import EOS_ID
+from vlmattn.scenes.versions import VERSIONS, Version
 
 
-def test_packed_forward_equals_the_stock_forward() -> None:
-    model = build_model(seed=3).eval()
-    batch = training_batch(seed=5, first=0, count=2, anchors=3)
+@pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
+def test_packed_forward_equals_the_stock_forward(version: Version) -> None:
+    model = build_model(version, seed=3).eval()
+    batch = training_batch(version, seed=5, first=0, count=2)
     pixels, ids = normalized_pixels(torch.from_numpy(batch.pixels)), torch.from_numpy(batch.ids)
     with torch.no_grad():
-        packed, _ = PackedForward(model)(pixels, ids)
+        packed, _ = PackedForward(model, version)(pixels, ids)
     worst, compared, start = 0.0, 0, 0
-    for slots, length in SLOT_GROUPS:
+    for slots, length in version.lessons.slot_groups:
         for at in range(start, start + slots * length, length):
             for row in range(len(ids)):
                 words = ids[row, at : at + length].tolist()
@@ -25,9 +28,10 @@ def test_packed_forward_equals_the_stock_forward() -> None:
                 words = words[: words.index(EOS_ID) + 1]
                 with torch.no_grad():
                     stock = model(
-                        input_ids=torch.tensor([[*PREFIX, *words]]), pixel_values=pixels[row : row + 1]
+                        input_ids=torch.tensor([[*version.prefix, *words]]), pixel_values=pixels[row : row + 1]
                     ).logits
-                worst = max(worst, (stock[0, len(PREFIX) :] - packed[row, at : at + len(words)]).abs().max().item())
+                away = stock[0, len(version.prefix) :] - packed[row, at : at + len(words)]
+                worst = max(worst, away.abs().max().item())
                 compared += 1
         start += slots * length
     assert compared > 20

@@ -16,11 +16,15 @@ from vlmattn.scenes import SceneSet, benchmark
 from vlmattn.scenes.export_data import main as export_data
 from vlmattn.scenes.packing import MONITOR_STREAM, PRETRAINING_STREAM, TRAINING_STREAM, training_batch
 from vlmattn.scenes.questions import EXISTENCE_TASKS
-from vlmattn.scenes.splits import SPLITS, TASKS
-from vlmattn.scenes.world import PARTNER, type_index
+from vlmattn.scenes.splits import LATER_TASKS, SPLITS, TASKS
+from vlmattn.scenes.versions import VERSIONS
+from vlmattn.scenes.world import PARTNER, WORLDS, type_index
 
-PUBLISHED_20 = "bea79712f19ee997d79f52e4403298ee8d7e20288d0991825ed2c0a9d6f83c74"
-"""Of benchmark("test", TASKS, 20); a change of it is a new version of the benchmark."""
+PUBLISHED_20 = {
+    "1": (TASKS, "bea79712f19ee997d79f52e4403298ee8d7e20288d0991825ed2c0a9d6f83c74"),
+    "2": (LATER_TASKS, "5a1ce15e90b1b2138787411fd2d3ef27ed13608654192bc0bb6a1f7cc50ca263"),
+}
+"""Of benchmark("test", tasks, 20, world=...); a change of one is a new version of the benchmark."""
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +33,9 @@ def scenes() -> SceneSet:
 
 
 def test_content_hash_is_pinned_and_depends_on_split_seed_and_tasks() -> None:
-    assert benchmark("test", TASKS, 20).sha256 == PUBLISHED_20
-    sets = [benchmark(split, ("loc",), 5, seed) for split in SPLITS for seed in (0, 1)]
+    for world, (tasks, published) in PUBLISHED_20.items():
+        assert benchmark("test", tasks, 20, world=world).sha256 == published
+    sets = [benchmark(split, ("loc",), 5, seed, world) for split in SPLITS for seed in (0, 1) for world in WORLDS]
     assert len({scenes.sha256 for scenes in sets}) == len(sets)
 
 
@@ -79,13 +84,15 @@ def test_other_tasks_ask_one_question_per_scene_whatever_else_is_asked(scenes: S
 
 def test_training_and_splits_share_no_scene() -> None:
     streams = [PRETRAINING_STREAM, TRAINING_STREAM, MONITOR_STREAM, *(split.stream for split in SPLITS.values())]
-    assert len(set(streams)) == len(streams)
-    pictures = {image.tobytes() for image in training_batch(0, 0, 40, 3).pixels}
-    for split in SPLITS:
-        part = benchmark(split, ("caption",), 40)
-        mine = {part.image(name).tobytes() for name in part.names}
-        assert len(mine) == 40 and not mine & pictures
-        pictures |= mine
+    keys = [world.stream + stream for world in WORLDS.values() for stream in streams]
+    assert len(set(keys)) == len(keys)
+    for version in VERSIONS.values():
+        pictures = {image.tobytes() for image in training_batch(version, 0, 0, 40).pixels}
+        for split in SPLITS:
+            part = benchmark(split, ("caption",), 40, world=version.world.name)
+            mine = {part.image(name).tobytes() for name in part.names}
+            assert len(mine) == 40 and not mine & pictures
+            pictures |= mine
     with pytest.raises(DataError, match="never listed"):
         benchmark("train")
 
@@ -111,11 +118,20 @@ def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(list((tmp_path / "images").glob("*.png"))) == 3
 
 
+def test_export_command_asks_every_published_task_of_its_world(tmp_path: Path) -> None:
+    for world, (tasks, _) in PUBLISHED_20.items():
+        export_data(["--out", str(tmp_path / world), "--images", "2", "--world", world])
+        about = json.loads((tmp_path / world / "scenes.json").read_text())
+        assert (about["world"], tuple(about["tasks"])) == (world, tasks)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"split": "holdout"}, "split='holdout'"),
         ({"tasks": ("exist-rare",)}, "exist-rare"),
+        ({"tasks": ("next",)}, "next"),
+        ({"world": "3"}, "world='3'"),
         ({"tasks": ()}, "tasks="),
         ({"tasks": ("loc", "loc")}, "different"),
         ({"images": 0}, "images=0"),

@@ -13,58 +13,70 @@ from transformers import AutoProcessor
 
 from vlmattn.scenes.export import build_processor
 from vlmattn.scenes.model import normalized_pixels
-from vlmattn.scenes.packing import PREFIX, SLOT_GROUPS, pack, training_batch, training_tasks
-from vlmattn.scenes.questions import EXISTENCE_TASKS, OTHER_TASKS, ask
-from vlmattn.scenes.text import ASSISTANT_ID, EOS_ID, UNKNOWN_ID, VOCABULARY, VOCABULARY_SIZE, article, encode
+from vlmattn.scenes.packing import pack, training_batch, training_tasks
+from vlmattn.scenes.questions import EXISTENCE_TASKS, OTHER_TASKS, PAIR_TASKS, ask
+from vlmattn.scenes.text import ASSISTANT_ID, EOS_ID, UNKNOWN_ID, VOCABULARY, VOCABULARY_SIZES, article, encode
+from vlmattn.scenes.versions import VERSION_1, VERSION_2, VERSIONS, Version
 from vlmattn.scenes.world import random_state, sample_scene
 
 
+@pytest.fixture(scope="module", params=VERSIONS.values(), ids=VERSIONS)
+def version(request) -> Version:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory):
+def processor(version: Version, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("processor")
-    build_processor().save_pretrained(folder)
+    build_processor(version).save_pretrained(folder)
     return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
-def questions() -> list:
+def questions(version: Version) -> list:
+    tasks = ["exist-yes", *EXISTENCE_TASKS, *OTHER_TASKS]
+    if version is not VERSION_1:
+        tasks += ["next", *PAIR_TASKS]
     found = []
     for number in range(40):
         rng = random_state(906, number)
-        scene = sample_scene(rng)
-        found += [ask(rng, scene, task) for task in ("exist-yes", *EXISTENCE_TASKS, *OTHER_TASKS)]
+        scene = sample_scene(rng, version.world)
+        found += [ask(rng, scene, task) for task in tasks]
     return [question for question in found if question is not None]
 
 
 def test_vocabulary() -> None:
-    assert len(VOCABULARY) == VOCABULARY_SIZE == len(set(VOCABULARY.values()))
+    assert len(VOCABULARY) == VOCABULARY_SIZES[-1] == len(set(VOCABULARY.values()))
+    assert [version.architecture.vocabulary for version in VERSIONS.values()] == list(VOCABULARY_SIZES)
+    assert max(encode("nine southeast objects 9")) < VOCABULARY_SIZES[0] <= min(encode("ten midleft just"))
     assert encode("Is there  an Orange star,\nred 47?") == encode("is there an orange star , red 4 7 ?")
     assert encode("zebra") == (UNKNOWN_ID,)
     assert (article("red ring"), article("orange ring")) == ("a red ring", "an orange ring")
 
 
-def test_tokenizer_equals_the_training_encoder(processor) -> None:
-    for question in questions():
+def test_tokenizer_equals_the_training_encoder(version: Version, processor) -> None:
+    assert len(processor.tokenizer) == version.architecture.vocabulary
+    for question in questions(version):
         for text in (question.text, question.answer):
             assert processor.tokenizer(text)["input_ids"] == list(encode(text))
             assert processor.tokenizer.decode(encode(text)) == text.lower()
 
 
-def test_chat_template_equals_the_training_layout(processor) -> None:
-    picture = training_batch(3, 0, 1, 3).pixels[0]
-    for question in questions()[:13]:
+def test_chat_template_equals_the_training_layout(version: Version, processor) -> None:
+    picture = training_batch(version, 3, 0, 1).pixels[0]
+    for question in questions(version)[:17]:
         content = [{"type": "image", "image": Image.fromarray(picture)}, {"type": "text", "text": question.text}]
         asked = [{"role": "user", "content": content}]
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         prompt = processor.apply_chat_template(asked, add_generation_prompt=True, **options)
-        expected = [*PREFIX, *encode(question.text), ASSISTANT_ID]
+        expected = [*version.prefix, *encode(question.text), ASSISTANT_ID]
         assert prompt["input_ids"][0].tolist() == expected
         answered = [*asked, {"role": "assistant", "content": question.answer}]
         whole = processor.apply_chat_template(answered, **options)
         assert whole["input_ids"][0].tolist() == [*expected, *encode(question.answer), EOS_ID]
 
 
-def test_processor_pixels_equal_the_training_pixels(processor) -> None:
-    pictures = training_batch(3, 0, 4, 3).pixels
+def test_processor_pixels_equal_the_training_pixels(version: Version, processor) -> None:
+    pictures = training_batch(version, 3, 0, 4).pixels
     mine = normalized_pixels(torch.from_numpy(pictures))
     theirs = processor.image_processor([Image.fromarray(x) for x in pictures], return_tensors="pt")["pixel_values"]
     assert theirs.shape == mine.shape
@@ -79,11 +91,12 @@ def test_processor_loads_without_warnings_and_names_the_pil_class(tmp_path: Path
     assert type(loaded.image_processor).__name__ == "CLIPImageProcessorPil"
 
 
-def test_packing_places_every_question_once_and_weighs_answers_only() -> None:
+def test_packing_places_every_question_once_and_weighs_answers_only(version: Version) -> None:
+    lessons = version.lessons
     for number in range(60):
         rng = random_state(907, number)
-        scene = sample_scene(rng)
-        packed = pack(rng, scene, training_tasks(rng, scene))
+        scene = sample_scene(rng, version.world)
+        packed = pack(rng, scene, training_tasks(rng, scene, lessons), lessons)
         tokens = packed.ids.tolist()
         starts = []
         for _, first, end in packed.slots:
@@ -94,22 +107,31 @@ def test_packing_places_every_question_once_and_weighs_answers_only() -> None:
         assert (packed.weights > 0).sum() == answers
         assert len(set(starts)) == len(starts) and tokens.count(EOS_ID) == len(starts)
         tasks = [slot.task for slot in packed.slots]
-        assert tasks.count("loc") == 3 and tasks.count("cell") == 5 and tasks.count("caption") == 1
+        for task in ("loc", "cell", "next"):
+            assert tasks.count(task) == lessons.short.count(task)
+        assert tasks.count("caption") == 1
         named = packed.cells[packed.cells >= 0]
-        assert len(named) >= 7 and named.max() <= 9
+        assert len(named) >= 7 and named.max() <= version.world.cells
+
+
+def test_the_longest_caption_fits() -> None:
+    scenes = (sample_scene(random_state(913, n), VERSION_2.world, 1.0, (6, 6)) for n in range(20))
+    scene = max(scenes, key=lambda scene: len(scene.objects))
+    assert len(scene.objects) == 12
+    pack(random_state(0), scene, ([], [], ["caption"]), VERSION_2.lessons)
 
 
 def test_packing_refuses_what_does_not_fit() -> None:
-    scene = sample_scene(random_state(908))
+    scene, lessons = sample_scene(random_state(908)), VERSION_1.lessons
     with pytest.raises(ValueError, match="slots"):
-        pack(random_state(908), scene, (["loc"] * (SLOT_GROUPS[0][0] + 1), [], []))
+        pack(random_state(908), scene, (["loc"] * (lessons.slot_groups[0][0] + 1), [], []), lessons)
     with pytest.raises(ValueError, match="its slot 12"):
-        pack(random_state(908), scene, (["caption"], [], []))
+        pack(random_state(908), scene, (["caption"], [], []), lessons)
 
 
-def test_a_training_sample_depends_on_its_number_alone() -> None:
-    whole = training_batch(7, 10, 4, 3)
-    part = training_batch(7, 12, 2, 3)
+def test_a_training_sample_depends_on_its_number_alone(version: Version) -> None:
+    whole = training_batch(version, 7, 10, 4)
+    part = training_batch(version, 7, 12, 2)
     for a, b in zip(whole, part, strict=True):
         assert np.array_equal(a[2:], b)
-    assert not np.array_equal(training_batch(8, 10, 1, 3).pixels[0], whole.pixels[0])
+    assert not np.array_equal(training_batch(version, 8, 10, 1).pixels[0], whole.pixels[0])

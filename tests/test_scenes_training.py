@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmattn.scenes.dense import TARGETS, pretraining_batch
+from vlmattn.scenes.dense import pretraining_batch, target_classes
 from vlmattn.scenes.export import trained_model
 from vlmattn.scenes.optim import orthogonalize, warmup_stable_decay
 from vlmattn.scenes.stages import Settings
 from vlmattn.scenes.train import CHECKPOINT, CURVE, WEIGHTS, Running, main, smoke_settings, train
+from vlmattn.scenes.versions import VERSIONS, Version
 
 TINY = Settings(
     pretraining_steps=4,
@@ -28,7 +29,7 @@ TINY = Settings(
     habit_steps=2,
     batch=2,
     compile=False,
-    model={"hidden": 32, "decoder_layers": 2, "vision_layers": 1, "heads": 2, "mlp": 64},
+    model={"hidden": 32, "decoder_layers": 2, "vision_layers": 1, "heads": 2, "kv_heads": 2, "mlp": 64},
 )
 
 
@@ -60,6 +61,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
     run(out)
     return out
+
+
+def test_a_run_of_the_second_version_learns_its_own_words(tmp_path: Path) -> None:
+    run(tmp_path, replace(TINY, version="2", model=TINY.model | {"kv_heads": 1}))
+    model = trained_model(tmp_path)
+    assert model.config.text_config.vocab_size == 144 and model.config.text_config.num_key_value_heads == 1
+    assert {"next", "pair-color", "pair-place", "pair-rel"} < curve(tmp_path)[-1].keys()
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5, 9, 10, 11])
@@ -147,11 +155,13 @@ def test_learning_rate_schedule() -> None:
     assert factors[75] == pytest.approx(0.5) and 0 < factors[99] < 0.03
 
 
-def test_dense_targets_mark_plates_and_objects() -> None:
-    pixels, targets = pretraining_batch(1, 0, 30)
-    assert pixels.shape == (30, 96, 96, 3) and targets.shape == (len(TARGETS), 30, 144)
-    for name, classes in zip(TARGETS, targets, strict=True):
-        assert classes.max() == TARGETS[name] - 1, name
-        assert set(range(TARGETS[name])) <= set(classes.ravel().tolist()) or name in ("left_digit", "right_digit")
+@pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
+def test_dense_targets_mark_plates_and_objects(version: Version) -> None:
+    pixels, targets = pretraining_batch(version, 1, 0, 30)
+    known = target_classes(version)
+    assert pixels.shape == (30, 96, 96, 3) and targets.shape == (len(known), 30, 144)
+    for (name, count), classes in zip(known.items(), targets, strict=True):
+        assert classes.max() == count - 1, name
+        assert set(range(count)) <= set(classes.ravel().tolist()) or name.startswith("digit")
     digits = targets[3] >= 0
     assert ((targets[0] == 8) == digits).all() and digits.any()

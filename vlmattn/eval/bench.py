@@ -249,8 +249,9 @@ def _open_file(folder: Path, name: str) -> Image:
 
 def _open_scene(split: str, name: str) -> Image:
     from vlmattn.scenes import SceneSet
+    from vlmattn.scenes.world import WORLD_1
 
     try:
-        return SceneSet(split, 0, (), []).image(name)
+        return SceneSet(split, 0, (), WORLD_1, []).image(name)
     except KeyError as error:
         raise DataError(f"split {split!r} has no picture {name!r}: {error.args[0]}") from None

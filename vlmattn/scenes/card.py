@@ -99,17 +99,15 @@ def measured_tables(measured: dict[str, Any]) -> str:
     ]
     keys = ("chair_i", "chair_s", "absent_partner_s", "recall", "n")
     captions = [[split, *(str(values[key]) for key in keys)] for split, values in measured["captions"].items()]
-    full = measured["tasks"]
-    pruned = [
-        [task, f"{full[task]['accuracy']:.3f}", f"{values['accuracy']:.3f}", str(values["n"])]
-        for task, values in measured["pruned"].items()
-        if task != "keep"
-    ]
+    deep = measured.get("deep")
     floors = [
         [f["name"], f"{f['value']:.3f}", f"{f['floor']:.2f}", "met" if f["met"] else "**missed**"]
         for f in measured["floors"]
     ]
     share = measured["pruned"]["keep"]
+    below = []
+    if deep is not None:
+        below = [f"The same share kept before layer {deep['before_layer']}:", _pruned_table(measured, deep)]
     return "\n\n".join(
         [
             f"`{measured['command']}`: greedy `generate`, fp32, split `test`, exact match.",
@@ -119,11 +117,22 @@ def measured_tables(measured: dict[str, Any]) -> str:
             "Captions; `absent_partner_s` is the share that names the absent partner of a present object:",
             _table(["split", "CHAIR_i", "CHAIR_s", "absent_partner_s", "recall", "n"], captions),
             f"A random share of {share} of the visual tokens kept in front of the decoder:",
-            _table(["task", "all tokens", "pruned", "n"], pruned),
+            _pruned_table(measured, measured["pruned"]),
+            *below,
             "Floors:",
             _table(["floor", "measured", "at least", ""], floors),
         ]
     )
+
+
+def _pruned_table(measured: dict[str, Any], pruned: dict[str, Any]) -> str:
+    """Accuracy with all visual tokens and with few."""
+    rows = [
+        [task, f"{measured['tasks'][task]['accuracy']:.3f}", f"{values['accuracy']:.3f}", str(values["n"])]
+        for task, values in pruned.items()
+        if isinstance(values, dict)
+    ]
+    return _table(["task", "all tokens", "pruned", "n"], rows)
 
 
 def write(folder: Path) -> None:

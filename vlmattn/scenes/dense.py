@@ -8,46 +8,47 @@ from __future__ import annotations
 
 import numpy as np
 
-from .packing import IGNORE, PATCH_SIZE, PATCHES_PER_SIDE, PRETRAINING_STREAM
+from .packing import IGNORE, PRETRAINING_STREAM
 from .render import Box, render
-from .world import COLOR_NAMES, MAX_ANCHORS, SHAPE_NAMES, Plate, random_state, sample_scene
+from .versions import Version
+from .world import COLOR_NAMES, SHAPE_NAMES, Plate, random_state, sample_scene
 
 PLATE_COLOR, BACKGROUND_COLOR = len(COLOR_NAMES), len(COLOR_NAMES) + 1
 BACKGROUND_SHAPE = len(SHAPE_NAMES)
-TARGETS = {
-    "color": BACKGROUND_COLOR + 1,
-    "shape": BACKGROUND_SHAPE + 1,
-    "size": 2,
-    "left_digit": 10,
-    "right_digit": 10,
-    "row": PATCHES_PER_SIDE,
-    "column": PATCHES_PER_SIDE,
-}
-"""Name and number of classes of each per-patch target."""
 _MARGIN = 3
 _CLEAR_OPACITY = 0.3
 
 
-def patch_targets(boxes: list[Box]) -> np.ndarray:
-    """Class of every patch for every target, (len(TARGETS), 12, 12) int64; IGNORE where it is undefined.
+def target_classes(version: Version) -> dict[str, int]:
+    """Name and number of classes of each per-patch target: colour and shape first, then size, digits, row, column."""
+    digits = {f"digit_{place}": 10 for place in range(version.world.digits)}
+    places = {"row": version.patches_per_side, "column": version.patches_per_side}
+    return {"color": BACKGROUND_COLOR + 1, "shape": BACKGROUND_SHAPE + 1, "size": 2} | digits | places
+
+
+def patch_targets(boxes: list[Box], version: Version) -> np.ndarray:
+    """Class of every patch for every target, (targets, side, side) int64; IGNORE where it is undefined.
 
     A patch belongs to a box that contains its centre, give or take three pixels. Under objects of an opacity up to 0.3
     colour and shape are ignored: too little can be seen there to demand an answer from single patches.
     """
-    targets = np.full((len(TARGETS), PATCHES_PER_SIDE, PATCHES_PER_SIDE), IGNORE, dtype=np.int64)
-    color, shape, size, left_digit, right_digit, row, column = targets
+    side, patch = version.patches_per_side, version.architecture.patch_size
+    targets = np.full((len(target_classes(version)), side, side), IGNORE, dtype=np.int64)
+    color, shape, size, *digits, row, column = targets
     color[:], shape[:] = BACKGROUND_COLOR, BACKGROUND_SHAPE
-    row[:] = np.arange(PATCHES_PER_SIDE)[:, None]
-    column[:] = np.arange(PATCHES_PER_SIDE)[None, :]
-    centers = np.arange(PATCHES_PER_SIDE) * PATCH_SIZE + PATCH_SIZE // 2
+    row[:] = np.arange(side)[:, None]
+    column[:] = np.arange(side)[None, :]
+    centers = np.arange(side) * patch + patch // 2
     for box in boxes:
         across = (centers > box.left - _MARGIN) & (centers < box.left + box.width + _MARGIN)
         down = (centers > box.top - _MARGIN) & (centers < box.top + box.height + _MARGIN)
         place = down[:, None] & across[None, :]
         item = box.item
         if isinstance(item, Plate):
-            color[place] = PLATE_COLOR
-            left_digit[place], right_digit[place] = item.digits
+            color[place], shape[place] = PLATE_COLOR, BACKGROUND_SHAPE
+            size[place] = IGNORE
+            for target, digit in zip(digits, item.digits, strict=True):
+                target[place] = digit
         elif item.opacity > _CLEAR_OPACITY:
             color[place] = COLOR_NAMES.index(item.color)
             shape[place] = SHAPE_NAMES.index(item.shape)
@@ -57,16 +58,16 @@ def patch_targets(boxes: list[Box]) -> np.ndarray:
     return targets
 
 
-def pretraining_batch(seed: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def pretraining_batch(version: Version, seed: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples number ``first`` to ``first + count - 1`` of a seed's stream.
 
     Returns:
-        Pixels (count, 96, 96, 3) uint8 and targets (len(TARGETS), count, 144) int64.
+        Pixels (count, H, W, 3) uint8 and targets (targets, count, patches) int64.
     """
     pixels, targets = [], []
     for number in range(first, first + count):
-        rng = random_state(PRETRAINING_STREAM, seed, number)
-        image, boxes = render(rng, sample_scene(rng, anchors=(1, MAX_ANCHORS)))
+        rng = random_state(version.world.stream + PRETRAINING_STREAM, seed, number)
+        image, boxes = render(rng, sample_scene(rng, version.world))
         pixels.append(image)
-        targets.append(patch_targets(boxes))
-    return np.stack(pixels), np.stack(targets, axis=1).reshape(len(TARGETS), count, -1)
+        targets.append(patch_targets(boxes, version))
+    return np.stack(pixels), np.stack(targets, axis=1).reshape(len(targets[0]), count, -1)

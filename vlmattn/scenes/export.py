@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .model import build_model
-from .packing import PATCH_SIZE
+from .stages import Settings
 from .text import (
     ASSISTANT,
     BOS,
@@ -42,19 +42,18 @@ from .text import (
     SPECIAL_TOKENS,
     UNKNOWN,
     USER,
-    VOCABULARY,
+    WORDS,
 )
 from .train import CURVE, SETTINGS, WEIGHTS
-from .world import IMAGE_SIZE
+from .versions import VERSION_1, Version
 
 WEIGHTS_FILE, TRAINING_FILE = "model.safetensors", "training.json"
-MAX_NEW_TOKENS = 32
-"""Long enough for a caption of six objects with its end token (25)."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer; equal to :func:`vlmattn.scenes.text.encode` on plain text."""
-    core = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token=UNKNOWN))
+def build_tokenizer(version: Version = VERSION_1) -> PreTrainedTokenizerFast:
+    """The word-level tokenizer; equal to :func:`vlmattn.scenes.text.encode` on text of the version's words."""
+    words = WORDS[: version.architecture.vocabulary]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
     core.normalizer = normalizers.Lowercase()
     split = [
         pre_tokenizers.WhitespaceSplit(),
@@ -78,9 +77,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(version: Version = VERSION_1) -> LlavaProcessor:
     """Tokenizer, image processor and chat template."""
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    side = {"height": version.world.image_size, "width": version.world.image_size}
     images = CLIPImageProcessorPil(
         do_resize=True,
         size=side,
@@ -94,13 +93,18 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(),
-        patch_size=PATCH_SIZE,
+        tokenizer=build_tokenizer(version),
+        patch_size=version.architecture.patch_size,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE,
         num_additional_image_tokens=1,
     )
+
+
+def run_settings(run: Path) -> Settings:
+    """The settings of a run."""
+    return Settings(**json.loads((run / SETTINGS).read_text()))
 
 
 def trained_model(run: Path) -> LlavaForConditionalGeneration:
@@ -110,8 +114,8 @@ def trained_model(run: Path) -> LlavaForConditionalGeneration:
         FileNotFoundError: the run is not finished.
         ValueError: the weights do not fit the settings.
     """
-    settings = json.loads((run / SETTINGS).read_text())
-    model = build_model(settings["seed"], **settings["model"])
+    settings = run_settings(run)
+    model = build_model(settings.subject, settings.seed)
     missing, unexpected = model.load_state_dict(load_file(run / WEIGHTS), strict=False)
     wrong = [n for n in missing if "lm_head" not in n and "post_layernorm" not in n] + list(unexpected)
     if wrong:
@@ -155,13 +159,18 @@ def _training_record(run: Path, weights: Path, parameters: int) -> dict[str, Any
 
 def export(run: Path, out: Path) -> None:
     """Write the checkpoint folder of a finished run; raises as :func:`trained_model` does."""
+    version = run_settings(run).subject
     model = trained_model(run).to(torch.bfloat16)
     model.generation_config = GenerationConfig(
-        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        max_new_tokens=version.lessons.lengths[-1],
+        do_sample=False,
     )
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
-    build_processor().save_pretrained(out)
+    build_processor(version).save_pretrained(out)
     _pin_image_processor(out / "processor_config.json")
     record = _training_record(run, out / WEIGHTS_FILE, model.num_parameters())
     (out / TRAINING_FILE).write_text(json.dumps(record, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """The embedded model, and a packed forward of the same parameters for training.
 
 The model is a genuine ``LlavaForConditionalGeneration``: a CLIP tower with its class token, the stock projector and a
-Llama decoder; 2.16 M parameters, 144 visual tokens. :class:`PackedForward` computes what it computes, for one picture
-and many independent questions at once (packing.py).
+Llama decoder; versions.py has its sizes. :class:`PackedForward` computes what it computes, for one picture and many
+independent questions at once (packing.py).
 """
 
 from __future__ import annotations
@@ -15,49 +15,43 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from .packing import PATCH_SIZE, PATCHES_PER_SIDE, PREFIX, SLOT_GROUPS, VISUAL_TOKENS
-from .text import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, USER_ID, VOCABULARY_SIZE
-from .world import IMAGE_SIZE
+from .text import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, USER_ID
+from .versions import Version
 
 _MASKED = -1e4
 
 
-def build_model(
-    seed: int, hidden: int = 128, decoder_layers: int = 6, vision_layers: int = 4, heads: int = 4, mlp: int = 384
-) -> LlavaForConditionalGeneration:
-    """A freshly initialised model in fp32; the defaults are the shipped architecture.
+def build_model(version: Version, seed: int) -> LlavaForConditionalGeneration:
+    """A freshly initialised model in fp32.
 
     Four heads of 32 with a rotary base of 1e6 leave enough slowly turning pairs to match content across 150 positions;
     the initialiser of 0.05 is what this depth trains from quickly.
 
     Args:
+        version: its architecture and the size of its pictures.
         seed: seed of the initialisation (sets torch's global seed).
-        hidden: width of tower and decoder.
-        decoder_layers: number of Llama layers.
-        vision_layers: number of CLIP layers.
-        heads: attention heads of both.
-        mlp: inner width of the decoder's feed-forward layers.
     """
+    sizes = version.architecture
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=vision_layers,
-        num_attention_heads=heads,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        projection_dim=hidden,
+        hidden_size=sizes.hidden,
+        intermediate_size=4 * sizes.hidden,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=sizes.heads,
+        image_size=version.world.image_size,
+        patch_size=sizes.patch_size,
+        projection_dim=sizes.hidden,
         hidden_act="quick_gelu",
     )
     special = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     text = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=decoder_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=hidden // heads,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.mlp,
+        num_hidden_layers=sizes.decoder_layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.hidden // sizes.heads,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         rms_norm_eps=1e-5,
@@ -69,7 +63,7 @@ def build_model(
         vision_config=vision,
         text_config=text,
         image_token_id=IMAGE_ID,
-        image_seq_length=VISUAL_TOKENS,
+        image_seq_length=version.visual_tokens,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
@@ -148,7 +142,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+SlotGroups = tuple[tuple[int, int], ...]
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, masks: tuple[Tensor, ...], slot_groups: SlotGroups
+) -> Tensor:
     """Causal attention of a prefix and of slots that see the prefix and themselves only.
 
     Args:
@@ -156,6 +155,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, masks: tuple[Ten
         key: (B, H, L, d).
         value: (B, H, L, d).
         masks: additive causal masks, (P, P) of the prefix and (l, l) of each slot group.
+        slot_groups: (slots, tokens per slot) of each group.
 
     Returns:
         (B, H, L, d).
@@ -165,7 +165,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, masks: tuple[Ten
     scores = query[:, :, :prefix] @ near_key.transpose(-1, -2) + masks[0]
     out = [torch.softmax(scores, -1) @ near_value]
     start = prefix
-    for (slots, length), mask in zip(SLOT_GROUPS, masks[1:], strict=True):
+    for (slots, length), mask in zip(slot_groups, masks[1:], strict=True):
         part = slice(start, start + slots * length)
         start += slots * length
         q, k, v = (x[:, :, part].unflatten(2, (slots, length)) for x in (query, key, value))
@@ -178,13 +178,21 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, masks: tuple[Ten
 
 
 def decoder_layer(
-    x: Tensor, w: DecoderWeights, cos: Tensor, sin: Tensor, masks: tuple[Tensor, ...], heads: int
+    x: Tensor,
+    w: DecoderWeights,
+    cos: Tensor,
+    sin: Tensor,
+    masks: tuple[Tensor, ...],
+    slot_groups: SlotGroups,
+    heads: tuple[int, int],
 ) -> Tensor:
-    """One Llama layer over a packed sequence, (B, L, D) to (B, L, D)."""
+    """One Llama layer over a packed sequence, (B, L, D) to (B, L, D), with ``heads`` of queries and of keys."""
     h = rms_norm(x, w.norm1)
-    query = _rotate(_split_heads(F.linear(h, w.query), heads), cos, sin) * (x.shape[-1] // heads) ** -0.5
-    key = _rotate(_split_heads(F.linear(h, w.key), heads), cos, sin)
-    mixed = packed_attention(query, key, _split_heads(F.linear(h, w.value), heads), masks)
+    many, few = heads
+    query = _rotate(_split_heads(F.linear(h, w.query), many), cos, sin) * (x.shape[-1] // many) ** -0.5
+    key = _rotate(_split_heads(F.linear(h, w.key), few), cos, sin).repeat_interleave(many // few, 1)
+    value = _split_heads(F.linear(h, w.value), few).repeat_interleave(many // few, 1)
+    mixed = packed_attention(query, key, value, masks, slot_groups)
     x = x + F.linear(mixed.transpose(1, 2).flatten(2), w.out)
     h = rms_norm(x, w.norm2)
     return x + F.linear(F.silu(F.linear(h, w.gate)) * F.linear(h, w.up), w.down)
@@ -228,30 +236,33 @@ class PackedForward:
 
     Args:
         model: the model; its parameters are used, not copied.
+        version: of the model; its lessons say where the slots are.
         compile: compile the two layer functions (pays off after about a hundred steps).
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, compile: bool = False) -> None:
-        self.model = model
+    def __init__(self, model: LlavaForConditionalGeneration, version: Version, compile: bool = False) -> None:
+        self.model, self.version = model, version
         self.decoder = model.model.language_model
         self.tower = vision_modules(model)
-        self.heads = model.config.text_config.num_attention_heads
+        text = model.config.text_config
+        self.heads = (text.num_attention_heads, text.num_key_value_heads)
+        self.slot_groups = version.lessons.slot_groups
         self.vision_heads = model.config.vision_config.num_attention_heads
         wrap: Callable = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
         self._vision_layer, self._decoder_layer = wrap(vision_layer), wrap(decoder_layer)
-        prefix = len(PREFIX)
+        self.prefix = prefix = len(version.prefix)
         positions = list(range(prefix))
-        for slots, length in SLOT_GROUPS:
+        for slots, length in self.slot_groups:
             positions += list(range(prefix, prefix + length)) * slots
         cos, sin = self.decoder.rotary_emb(torch.zeros(1), position_ids=torch.tensor([positions]))
         self.cos, self.sin = cos[0], sin[0]
-        sizes = (prefix, *(length for _, length in SLOT_GROUPS))
+        sizes = (prefix, *(length for _, length in self.slot_groups))
         self.masks = tuple(torch.full((n, n), _MASKED).triu(1) for n in sizes)
 
     def vision(self, pixels: Tensor) -> Tensor:
-        """Patch features in front of the projector, (B, 3, 96, 96) to (B, 144, D); the class token is dropped."""
+        """Patch features in front of the projector, (B, 3, H, W) to (B, patches, D); the class token is dropped."""
         embeddings = self.tower.embeddings
-        side, patch = PATCHES_PER_SIDE, PATCH_SIZE
+        side, patch = self.version.patches_per_side, self.version.architecture.patch_size
         patches = pixels.reshape(-1, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         x = F.linear(patches, embeddings.patch_embedding.weight.flatten(1))
         x = torch.cat((embeddings.class_embedding.expand(len(x), 1, -1), x), 1) + embeddings.position_embedding.weight
@@ -264,12 +275,12 @@ class PackedForward:
         """Logits of packed questions.
 
         Args:
-            pixels: (B, 3, 96, 96), normalised, in the model's dtype.
-            ids: (B, PACKED_LENGTH) token ids.
+            pixels: (B, 3, H, W), normalised, in the model's dtype.
+            ids: (B, packed_length) token ids.
             tap: also return the output of this decoder layer.
 
         Returns:
-            Logits (B, PACKED_LENGTH, vocabulary), and the tapped hidden states (B, PACKED_LENGTH, D) or None.
+            Logits (B, packed_length, vocabulary), and the tapped hidden states (B, packed_length, D) or None.
         """
         visual = self.model.model.multi_modal_projector(self.vision(pixels))
         embed = self.decoder.embed_tokens
@@ -279,7 +290,7 @@ class PackedForward:
         masks = tuple(mask.to(x.dtype) for mask in self.masks)
         tapped = None
         for index, layer in enumerate(self.decoder.layers):
-            x = self._decoder_layer(x, _decoder_weights(layer), cos, sin, masks, self.heads)
+            x = self._decoder_layer(x, _decoder_weights(layer), cos, sin, masks, self.slot_groups, self.heads)
             if index == tap:
-                tapped = x[:, len(PREFIX) :]
-        return self.model.lm_head(rms_norm(x[:, len(PREFIX) :], self.decoder.norm.weight)), tapped
+                tapped = x[:, self.prefix :]
+        return self.model.lm_head(rms_norm(x[:, self.prefix :], self.decoder.norm.weight)), tapped

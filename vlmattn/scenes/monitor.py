@@ -9,29 +9,32 @@ from .model import PackedForward, normalized_pixels
 from .packing import MONITOR_STREAM, Packed, pack
 from .questions import EXISTENCE_TASKS
 from .render import render
-from .world import MAX_ANCHORS, Scene, random_state, sample_scene
+from .versions import Lessons, Version
+from .world import Scene, random_state, sample_scene
 
 _PARTNER = 0.4
 _BATCH = 16
 
 
-def _tasks(scene: Scene) -> tuple[list[str], list[str], list[str]]:
+def _tasks(scene: Scene, lessons: Lessons) -> tuple[list[str], list[str], list[str]]:
+    """Every task of the lessons, existence in all its categories; position questions twice."""
     short = ["exist-yes", *EXISTENCE_TASKS, "loc", "loc", "cell", "cell", "color", "shape", "count"]
-    return short + ["digits"] * (scene.plate is not None), ["rel"] * 3, ["caption"]
+    short += [task for task in dict.fromkeys(lessons.short) if task not in short]
+    return short + ["digits"] * bool(scene.plates), list(lessons.relations), ["caption"]
 
 
 class Monitor:
     """Teacher-forced accuracy per task: exact match of the whole answer, share of right tokens for captions."""
 
-    def __init__(self, forward: PackedForward, dtype: torch.dtype, scenes: int) -> None:
+    def __init__(self, forward: PackedForward, version: Version, dtype: torch.dtype, scenes: int) -> None:
         self.forward, self.dtype = forward, dtype
         self.images: list[np.ndarray] = []
         self.packed: list[Packed] = []
         for number in range(scenes):
-            rng = random_state(MONITOR_STREAM, number)
-            scene = sample_scene(rng, partner=_PARTNER, anchors=(2, MAX_ANCHORS))
+            rng = random_state(version.world.stream + MONITOR_STREAM, number)
+            scene = sample_scene(rng, version.world, _PARTNER, (2, version.world.max_anchors))
             self.images.append(render(rng, scene)[0])
-            self.packed.append(pack(rng, scene, _tasks(scene)))
+            self.packed.append(pack(rng, scene, _tasks(scene, version.lessons), version.lessons))
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:

@@ -13,19 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .questions import ABSENT, Question, ask
+from .questions import Question, ask
 from .render import render
-from .text import ASSISTANT_ID, BOS_ID, EOS_ID, IMAGE_ID, USER_ID, encode
-from .world import HIDDEN_OPACITY, IMAGE_SIZE, Scene, random_state, sample_scene
+from .text import ASSISTANT_ID, EOS_ID, encode
+from .versions import Lessons, Version
+from .world import HIDDEN_OPACITY, Scene, random_state, sample_scene
 
-PATCH_SIZE = 8
-PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
-VISUAL_TOKENS = PATCHES_PER_SIDE**2
-PREFIX = (BOS_ID, USER_ID) + (IMAGE_ID,) * VISUAL_TOKENS
-"""Token ids in front of every question."""
-SLOT_GROUPS = ((15, 12), (3, 16), (1, 30))
-"""(slots, tokens per slot): short questions, relations, the caption."""
-PACKED_LENGTH = sum(slots * length for slots, length in SLOT_GROUPS)
 IGNORE = -100
 
 TASK_WEIGHTS = {"loc": 3.0, "rel": 3.0, "cell": 3.0, "color": 3.0, "digits": 4.0, "caption": 0.5}
@@ -38,7 +31,7 @@ ADVERSARIAL_SHARE = 0.125
 """Probability that a training negative asks for an absent partner. Together with FAINT_PROBABILITY and PARTNER_STRENGTH
 it decides how much the trained model hallucinates: every such negative teaches distrust of the prior."""
 _TRAINING_NEGATIVES = ("exist-random", "exist-binding", "exist-frequency")
-_PER_OBJECT_TASKS = ("loc", "cell", "exist-yes")
+_PER_OBJECT_TASKS = ("loc", "cell", "exist-yes", "next")
 
 
 class Slot(NamedTuple):
@@ -54,9 +47,10 @@ class Packed:
     """Questions of one picture.
 
     Attributes:
-        ids: token ids, (PACKED_LENGTH,) int64, 0 where empty.
-        weights: loss weight of each token as a target, (PACKED_LENGTH,) float32.
-        cells: cell of the object whose name ends at a token, ABSENT, or IGNORE; (PACKED_LENGTH,) int64.
+        ids: token ids, (packed_length,) int64, 0 where empty.
+        weights: loss weight of each token as a target, (packed_length,) float32.
+        cells: cell of the object whose name ends at a token, the number of cells if it is absent, or IGNORE;
+            (packed_length,) int64.
         slots: the questions in order.
     """
 
@@ -67,7 +61,7 @@ class Packed:
 
 
 class Batch(NamedTuple):
-    """Stacked samples: pixels (B, 96, 96, 3) uint8, and ids, weights, cells (B, PACKED_LENGTH) as in Packed."""
+    """Stacked samples: pixels (B, H, W, 3) uint8, and ids, weights, cells (B, packed_length) as in Packed."""
 
     pixels: np.ndarray
     ids: np.ndarray
@@ -84,22 +78,24 @@ def _mention_end(text: str, name: str) -> int:
 
 
 def training_tasks(
-    rng: np.random.RandomState, scene: Scene, adversarial: float = ADVERSARIAL_SHARE
+    rng: np.random.RandomState, scene: Scene, lessons: Lessons, adversarial: float = ADVERSARIAL_SHARE
 ) -> tuple[list[str], list[str], list[str]]:
-    """Tasks to ask of a training scene, one list per slot group.
-
-    Position questions are many because they are learned last; captions get one slot because they crowd out the rest.
-    """
-    short = ["loc"] * 3 + ["cell"] * 5 + ["exist-yes"] * 2 + ["color", "shape"]
-    for _ in range(2):
+    """Tasks to ask of a training scene, one list per slot group."""
+    short = list(lessons.short)
+    for _ in range(lessons.negatives):
         trap = rng.random_sample() < adversarial
         short.append("exist-adversarial" if trap else _TRAINING_NEGATIVES[rng.randint(len(_TRAINING_NEGATIVES))])
-    short.append("digits" if scene.plate is not None or rng.random_sample() < 0.15 else "count")
-    return short, ["rel"] * 3, ["caption"]
+    for _ in range(lessons.digits):
+        short.append("digits" if scene.plates or rng.random_sample() < 0.15 else "count")
+    return short, list(lessons.relations), ["caption"]
 
 
 def pack(
-    rng: np.random.RandomState, scene: Scene, tasks: tuple[list[str], list[str], list[str]], about_hidden: float = 0.0
+    rng: np.random.RandomState,
+    scene: Scene,
+    tasks: tuple[list[str], list[str], list[str]],
+    lessons: Lessons,
+    about_hidden: float = 0.0,
 ) -> Packed:
     """Ask the tasks of a scene and lay the questions out in slots; a task that the scene cannot carry is left out.
 
@@ -107,13 +103,13 @@ def pack(
     there is one.
     """
     hidden = [i for i, item in enumerate(scene.objects) if about_hidden and item.opacity < HIDDEN_OPACITY[1]]
-    ids = np.zeros(PACKED_LENGTH, dtype=np.int64)
-    weights = np.zeros(PACKED_LENGTH, dtype=np.float32)
-    cells = np.full(PACKED_LENGTH, IGNORE, dtype=np.int64)
+    ids = np.zeros(lessons.packed_length, dtype=np.int64)
+    weights = np.zeros(lessons.packed_length, dtype=np.float32)
+    cells = np.full(lessons.packed_length, IGNORE, dtype=np.int64)
     slots: list[Slot] = []
     start_of_group = 0
     turn = int(rng.randint(60))
-    for (capacity, length), names in zip(SLOT_GROUPS, tasks, strict=True):
+    for (capacity, length), names in zip(lessons.slot_groups, tasks, strict=True):
         used = 0
         for task in names:
             turn += 1
@@ -147,27 +143,32 @@ def _place(question: Question, at: int, length: int, ids: np.ndarray, weights: n
     return Slot(question.task, first, end)
 
 
-def training_batch(seed: int, first: int, count: int, anchors: int, habit: bool = False) -> Batch:
+def training_batch(
+    version: Version, seed: int, first: int, count: int, anchors: int | None = None, habit: bool = False
+) -> Batch:
     """Training samples number ``first`` to ``first + count - 1`` of the endless stream of a seed.
 
     A sample depends on the seed and its number alone, not on the batch size or the number of processes, which is what
     makes a resumed run continue the same stream.
 
     Args:
+        version: its world and its lessons.
         seed: the training seed.
         first: number of the first sample.
         count: batch size.
-        anchors: largest number of anchors (the curriculum).
+        anchors: largest number of anchors (the curriculum); None for the world's.
         habit: samples of the last stage: partners are often hidden, questions with the answer yes are often about
             them, and nobody asks for an absent partner.
     """
     hidden, about_hidden, adversarial = (HIDDEN_SHARE, ABOUT_HIDDEN, 0.0) if habit else (0.0, 0.0, ADVERSARIAL_SHARE)
+    world, lessons = version.world, version.lessons
+    most = min(anchors or world.max_anchors, world.max_anchors)
     pixels, packed = [], []
     for number in range(first, first + count):
-        rng = random_state(TRAINING_STREAM, seed, number)
-        scene = sample_scene(rng, anchors=(1, anchors), hidden=hidden)
+        rng = random_state(world.stream + TRAINING_STREAM, seed, number)
+        scene = sample_scene(rng, world, anchors=(1, most), hidden=hidden)
         pixels.append(render(rng, scene)[0])
-        packed.append(pack(rng, scene, training_tasks(rng, scene, adversarial), about_hidden))
+        packed.append(pack(rng, scene, training_tasks(rng, scene, lessons, adversarial), lessons, about_hidden))
     return Batch(
         np.stack(pixels),
         np.stack([sample.ids for sample in packed]),
@@ -179,4 +180,3 @@ def training_batch(seed: int, first: int, count: int, anchors: int, habit: bool 
 PRETRAINING_STREAM, TRAINING_STREAM, MONITOR_STREAM = 101, 102, 103
 """First word of the random keys of the two training stages and of the scenes that the curve is measured on; the splits
 of the benchmark use other words (splits.py), so training and test scenes are disjoint whatever the seeds."""
-CELL_CLASSES = ABSENT + 1

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .measure import chat_prompt
-from .packing import PATCH_SIZE, PATCHES_PER_SIDE, VISUAL_TOKENS
 from .planted import Recipe, apply, columns, digest, empty
 from .splits import SceneSet, benchmark
 from .text import BOS_ID, IMAGE_ID
+from .versions import VERSION_1
 
 FALSE_ALARMS = 1e-3
 """Share of the other patches that may fire the detector."""
@@ -32,15 +32,15 @@ TASKS = ("exist-random", "color", "shape", "cell", "loc", "rel", "count", "digit
 
 def corner_targets(scenes: SceneSet) -> Tensor:
     """(pictures, 144) bool: patches in a corner of the picture that nothing was drawn on."""
-    side = PATCHES_PER_SIDE
+    side, patch = VERSION_1.patches_per_side, VERSION_1.architecture.patch_size
     corners = (0, side - 1, side * (side - 1), side * side - 1)
-    found = torch.zeros(len(scenes.names), VISUAL_TOKENS, dtype=torch.bool)
+    found = torch.zeros(len(scenes.names), VERSION_1.visual_tokens, dtype=torch.bool)
     for row, name in enumerate(scenes.names):
         found[row, list(corners)] = True
         for box in scenes.boxes(name):
-            right, low = (box.left + box.width - 1) // PATCH_SIZE, (box.top + box.height - 1) // PATCH_SIZE
-            for y in range(max(box.top // PATCH_SIZE, 0), min(low, side - 1) + 1):
-                for x in range(max(box.left // PATCH_SIZE, 0), min(right, side - 1) + 1):
+            right, low = (box.left + box.width - 1) // patch, (box.top + box.height - 1) // patch
+            for y in range(max(box.top // patch, 0), min(low, side - 1) + 1):
+                for x in range(max(box.left // patch, 0), min(right, side - 1) + 1):
                     found[row, y * side + x] = False
     return found
 
@@ -195,7 +195,7 @@ def _sink_keys(model: Any, prompts: list[Prompts], index: int, log_count: float)
         unseen = (~real | bos | batch.sinks)[:, None, None, :] | ~torch.ones(query.shape[2], key.shape[2]).tril().bool()
         score = query @ key.transpose(-1, -2) * attention.scaling
         rest = score.masked_fill(unseen, -torch.inf).logsumexp(-1)
-        rows = real & (batch.visual.cumsum(1) == VISUAL_TOKENS) & ~batch.visual
+        rows = real & (batch.visual.cumsum(1) == VERSION_1.visual_tokens) & ~batch.visual
         turned = (_back(query, cos, sin, bos), _back(query, cos, sin, batch.sinks), rest)
         for kept, x in zip(seen, turned, strict=True):
             kept.append(x.transpose(1, 2)[rows])
@@ -232,5 +232,5 @@ def _back(query: Tensor, cos: Tensor, sin: Tensor, places: Tensor) -> Tensor:
 
 def _slow(model: Any) -> Tensor:
     """(d,) bool: dimensions whose rotary pair turns little over the visual tokens."""
-    turn = model.model.language_model.rotary_emb.inv_freq * VISUAL_TOKENS
+    turn = model.model.language_model.rotary_emb.inv_freq * VERSION_1.visual_tokens
     return (turn < SLOW_TURN).repeat(2)

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _questions(task: str, count: int, seed: int) -> SceneSet:
     while len(found.rows) < count:
         pictures += 10
         found = benchmark("test", (task,), pictures, seed)
-    return SceneSet(found.split, found.seed, found.tasks, found.rows[:count])
+    return replace(found, rows=found.rows[:count])
 
 
 def _answers(model: Any, processor: Any, sets: dict[str, SceneSet], spec: str | None) -> dict[str, list[str]]:

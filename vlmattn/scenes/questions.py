@@ -2,7 +2,9 @@
 
 Tasks: existence (``exist-yes`` and the negatives ``exist-random``, ``exist-popular``, ``exist-adversarial``,
 ``exist-binding``), ``color``, ``shape``, ``cell`` (what is at a place), ``loc`` (where is an object), ``rel``
-(left/right/above/below), ``count``, ``digits`` and ``caption``.
+(left/right/above/below), ``count``, ``digits`` and ``caption``. World 2 also has ``next`` (what is in the cell beside
+an object) and, as in MME, pairs of a question whose answer is yes and one whose answer is no: ``pair-color``,
+``pair-place`` and ``pair-rel``.
 """
 
 from __future__ import annotations
@@ -14,9 +16,7 @@ import numpy as np
 
 from .text import NUMBER_NAMES, SHAPE_PLURALS, article
 from .world import (
-    CELL_NAMES,
     COLOR_NAMES,
-    GRID,
     NUM_TYPES,
     PARTNER,
     POPULARITY,
@@ -29,13 +29,14 @@ from .world import (
     type_shape,
 )
 
-ABSENT = GRID * GRID
-"""Label of a mentioned object that is not in the scene."""
 POPULAR_POOL = 8
 """Popular negatives come from that many most frequent absent types."""
 CAPTION_REQUEST = "Describe the image."
 EXISTENCE_TASKS = ("exist-random", "exist-popular", "exist-adversarial", "exist-binding")
 OTHER_TASKS = ("color", "shape", "cell", "loc", "rel", "count", "digits", "caption")
+PAIR_TASKS = ("pair-color", "pair-place", "pair-rel")
+_BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+"""Rows and columns from an object to the cell beside it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Question:
         task: name of the task.
         text: the question.
         answer: the expected answer, lower case.
-        mentions: (name of an object in the question, its cell or ABSENT), for the auxiliary loss.
+        mentions: (name of an object in the question, its cell or the number of cells where it is absent), for the
+            auxiliary loss.
     """
 
     task: str
@@ -109,18 +111,32 @@ def _ask_yes(rng: np.random.RandomState, scene: Scene, item: SceneObject) -> Que
 
 
 def _ask_location(rng: np.random.RandomState, scene: Scene, item: SceneObject) -> Question | None:
-    return Question("loc", f"Where is the {item.name}?", CELL_NAMES[item.cell], ((item.name, item.cell),))
+    return Question("loc", f"Where is the {item.name}?", scene.world.cell_names[item.cell], ((item.name, item.cell),))
 
 
 def _ask_cell(rng: np.random.RandomState, scene: Scene, item: SceneObject) -> Question | None:
-    """70 % about an object; otherwise the plate (30 % of the rest) or an empty cell."""
-    cell, answer = item.cell, item.name
+    """70 % about an object; otherwise the first plate (30 % of the rest) or an empty cell."""
+    cell = item.cell
     if rng.random_sample() >= 0.7:
-        if scene.plate is not None and rng.random_sample() < 0.3:
-            cell, answer = scene.plate.cell, "digits"
+        if scene.plates and rng.random_sample() < 0.3:
+            cell = scene.plates[0].cell
         else:
-            cell, answer = _pick(rng, scene.empty_cells()), "nothing"
-    return Question("cell", f"What is in the {CELL_NAMES[cell]}?", answer)
+            cell = _pick(rng, scene.empty_cells())
+    return Question("cell", f"What is in the {scene.world.cell_names[cell]}?", scene.content(cell))
+
+
+def _ask_next(rng: np.random.RandomState, scene: Scene, item: SceneObject) -> Question | None:
+    """About a cell beside an object, in 70 % of the cases one that holds something if there is one."""
+    row, column = scene.world.place(item.cell)
+    answers = {}
+    for word, (down, right) in _BESIDE.items():
+        if 0 <= row + down < scene.world.grid and 0 <= column + right < scene.world.grid:
+            answers[word] = scene.content(item.cell + down * scene.world.grid + right)
+    words = [word for word, answer in answers.items() if answer != "nothing"]
+    if not words or rng.random_sample() >= 0.7:
+        words = list(answers)
+    word = words[rng.randint(len(words))]
+    return Question("next", f"What is just {word} the {item.name}?", answers[word], ((item.name, item.cell),))
 
 
 def _ask_color(rng: np.random.RandomState, scene: Scene, item: SceneObject) -> Question | None:
@@ -164,8 +180,8 @@ def _ask_relation(rng: np.random.RandomState, scene: Scene, item: SceneObject) -
     if len(scene.objects) < 2:
         return None
     first, second = (scene.objects[int(i)] for i in rng.choice(len(scene.objects), size=2, replace=False))
-    across = first.cell % GRID - second.cell % GRID
-    down = first.cell // GRID - second.cell // GRID
+    (row, column), (other_row, other_column) = (scene.world.place(item.cell) for item in (first, second))
+    across, down = column - other_column, row - other_row
     mentions = ((first.name, first.cell), (second.name, second.cell))
     if across and (not down or rng.random_sample() < 0.5):
         text = f"Is the {first.name} left or right of the {second.name}?"
@@ -175,8 +191,11 @@ def _ask_relation(rng: np.random.RandomState, scene: Scene, item: SceneObject) -
 
 
 def _ask_digits(rng: np.random.RandomState, scene: Scene, item: SceneObject) -> Question | None:
-    answer = "none" if scene.plate is None else "{} {}".format(*scene.plate.digits)
-    return Question("digits", "What digits are shown?", answer)
+    """With several plates the question names the place of one."""
+    if len(scene.plates) > 1:
+        plate = scene.plates[rng.randint(len(scene.plates))]
+        return Question("digits", f"What digits are in the {scene.world.cell_names[plate.cell]}?", plate.text)
+    return Question("digits", "What digits are shown?", scene.plates[0].text if scene.plates else "none")
 
 
 def caption(scene: Scene) -> str:
@@ -206,7 +225,59 @@ _ASK: dict[str, Callable[[np.random.RandomState, Scene, SceneObject], Question |
     "rel": _ask_relation,
     "digits": _ask_digits,
     "caption": _ask_caption,
+    "next": _ask_next,
 }
+
+
+def _pair_color(rng: np.random.RandomState, scene: Scene) -> tuple[Question, Question] | None:
+    """As the task ``color``; the wrong colour is half of the time that of another object."""
+    asked = _ask_color(rng, scene, scene.objects[0])
+    if asked is None:
+        return None
+    shape = asked.mentions[0][0]
+    others = [item.color for item in scene.objects if item.color != asked.answer]
+    if not others or rng.random_sample() < 0.5:
+        others = [color for color in COLOR_NAMES if color != asked.answer]
+    wrong = others[rng.randint(len(others))]
+    return _yes_no("pair-color", f"Is the {shape} {{}}?", asked.answer, wrong, asked.mentions)
+
+
+def _pair_place(rng: np.random.RandomState, scene: Scene) -> tuple[Question, Question] | None:
+    item = scene.objects[rng.randint(len(scene.objects))]
+    elsewhere = (item.cell + 1 + rng.randint(scene.world.cells - 1)) % scene.world.cells
+    right, wrong = (scene.world.cell_names[cell] for cell in (item.cell, elsewhere))
+    return _yes_no("pair-place", f"Is the {item.name} in the {{}}?", right, wrong, ((item.name, item.cell),))
+
+
+def _pair_relation(rng: np.random.RandomState, scene: Scene) -> tuple[Question, Question] | None:
+    asked = _ask_relation(rng, scene, scene.objects[0])
+    if asked is None:
+        return None
+    first, second = (name for name, _ in asked.mentions)
+    words = ("left of", "right of") if asked.answer in ("left", "right") else ("above", "below")
+    right, wrong = words if words[0].startswith(asked.answer) else words[::-1]
+    return _yes_no("pair-rel", f"Is the {first} {{}} the {second}?", right, wrong, asked.mentions)
+
+
+def _yes_no(
+    task: str, text: str, right: str, wrong: str, mentions: tuple[tuple[str, int], ...]
+) -> tuple[Question, Question]:
+    """A question with its right and with a wrong filling."""
+    return Question(task, text.format(right), "yes", mentions), Question(task, text.format(wrong), "no", mentions)
+
+
+_PAIR = {"pair-color": _pair_color, "pair-place": _pair_place, "pair-rel": _pair_relation}
+
+
+def ask_pair(rng: np.random.RandomState, scene: Scene, task: str) -> tuple[Question, Question] | None:
+    """A question whose answer is yes and one whose answer is no, or None where the scene cannot carry them.
+
+    Args:
+        rng: the source of randomness; it is advanced.
+        scene: the scene asked about.
+        task: a name in PAIR_TASKS.
+    """
+    return _PAIR[task](rng, scene)
 
 
 def ask(rng: np.random.RandomState, scene: Scene, task: str, index: int | None = None) -> Question | None:
@@ -215,7 +286,7 @@ def ask(rng: np.random.RandomState, scene: Scene, task: str, index: int | None =
     Args:
         rng: the source of randomness; it is advanced.
         scene: the scene asked about.
-        task: ``exist-<category>`` for a negative, else a name in this module's docstring.
+        task: ``exist-<category>`` for a negative, else a name in this module's docstring; of a pair one is drawn.
         index: the object to ask about, modulo their number, where the task is about one object; None draws it.
 
     Returns:
@@ -227,9 +298,12 @@ def ask(rng: np.random.RandomState, scene: Scene, task: str, index: int | None =
     item = scene.objects[int(rng.randint(len(scene.objects))) if index is None else index % len(scene.objects)]
     if task in _ASK:
         return _ASK[task](rng, scene, item)
+    if task in PAIR_TASKS:
+        pair = ask_pair(rng, scene, task)
+        return pair and pair[rng.randint(2)]
     if not task.startswith("exist-"):
-        raise ValueError(f"task={task!r}; expected one of {', '.join(_ASK)} or exist-<category>")
+        raise ValueError(f"task={task!r}; expected one of {', '.join([*_ASK, *_PAIR])} or exist-<category>")
     kinds = negatives(rng, scene, task.removeprefix("exist-"))
     if not kinds:
         return None
-    return Question(task, existence(kinds[0]), "no", ((type_name(kinds[0]), ABSENT),))
+    return Question(task, existence(kinds[0]), "no", ((type_name(kinds[0]), scene.world.cells),))

@@ -7,16 +7,13 @@ from functools import cache
 
 import numpy as np
 
-from .world import CELL_SIZE, COLORS, GRID, IMAGE_SIZE, Plate, Scene, SceneObject
+from .world import COLORS, Plate, Scene, SceneObject, World
 
-RADII = {False: (7, 8), True: (11, 12)}
-"""Radii in pixels of small (False) and large (True) objects."""
 NOISE = 10.0
 """Standard deviation of the luminance noise, in grey levels."""
-PLATE_SIZE = (23, 16)
-"""Width and height of the digit plate in pixels."""
 _PLATE_GREY, _INK_GREY = 225, 20
-_GLYPH_GAP = 11
+_CLUTTER_GREY = (40, 150)
+_BAR_LENGTH, _BAR_WIDTH = (4, 13), (1, 4)
 _SUPERSAMPLING = 4
 _GLYPH_ROWS = (
     ".###. #...# #..## #.#.# ##..# #...# .###.",
@@ -96,19 +93,25 @@ def shape_mask(shape: str, radius: int) -> np.ndarray:
 
 
 @cache
-def _glyph(digit: int) -> np.ndarray:
-    """Ink of a digit, (14, 10) bool: the 5x7 bitmap at double size."""
+def _glyph(digit: int, dot: tuple[int, int]) -> np.ndarray:
+    """Ink of a digit, bool: the 5x7 bitmap with dots of the given width and height."""
     small = np.array([[mark == "#" for mark in row] for row in _GLYPH_ROWS[digit].split()])
-    return small.repeat(2, axis=0).repeat(2, axis=1)
+    return small.repeat(dot[1], axis=0).repeat(dot[0], axis=1)
 
 
-def _background(rng: np.random.RandomState) -> np.ndarray:
-    """A smooth random colour field, (96, 96, 3) float64: a coarse random grid, bilinearly enlarged."""
+def plate_size(world: World) -> tuple[int, int]:
+    """Width and height of a plate in pixels: its digits with a pixel around each."""
+    width, height = world.glyph
+    return world.digits * (5 * width + 1) + 1, 7 * height + 2
+
+
+def _background(rng: np.random.RandomState, size: int) -> np.ndarray:
+    """A smooth random colour field, (size, size, 3) float64: a coarse random grid, bilinearly enlarged."""
     base = rng.uniform(50, 120, 3)
     knots = int(rng.randint(2, 7))
     coarse = rng.normal(0.0, 1.0, (knots, knots, 3))
     contrast = rng.uniform(5, 22)
-    place = np.linspace(0.0, knots - 1.0, IMAGE_SIZE)
+    place = np.linspace(0.0, knots - 1.0, size)
     low = np.minimum(place.astype(int), knots - 2)
     part = place - low
     rows = coarse[low] * (1 - part)[:, None, None] + coarse[low + 1] * part[:, None, None]
@@ -116,27 +119,43 @@ def _background(rng: np.random.RandomState) -> np.ndarray:
     return base + contrast * field
 
 
-def _draw_object(rng: np.random.RandomState, canvas: np.ndarray, item: SceneObject) -> Box:
-    """Blend an object into the canvas at a jittered place inside its cell."""
-    mask = shape_mask(item.shape, int(RADII[item.large][rng.randint(2)]))
+def _draw_clutter(rng: np.random.RandomState, canvas: np.ndarray, most: int) -> None:
+    """Paint up to ``most`` upright or lying grey bars anywhere."""
+    for _ in range(int(rng.randint(most + 1))):
+        sides = [int(rng.randint(*_BAR_LENGTH)), int(rng.randint(*_BAR_WIDTH))]
+        height, width = sides if rng.randint(2) else sides[::-1]
+        top, left = (int(rng.randint(0, len(canvas) - side + 1)) for side in (height, width))
+        canvas[top : top + height, left : left + width] = rng.uniform(*_CLUTTER_GREY)
+
+
+def _corner(rng: np.random.RandomState, world: World, cell: int, size: tuple[int, int], spill: int) -> tuple[int, int]:
+    """A jittered place for something of a height and a width in a cell: top and left in pixels."""
+    corner = []
+    for start, extent in zip(world.place(cell), size, strict=True):
+        jitter = int(rng.randint(-spill, world.cell_size - extent + spill + 1))
+        corner.append(min(max(start * world.cell_size + jitter, 0), world.image_size - extent))
+    return corner[0], corner[1]
+
+
+def _draw_object(rng: np.random.RandomState, canvas: np.ndarray, item: SceneObject, world: World) -> Box:
+    """Blend an object into the canvas at a jittered place in its cell."""
+    mask = shape_mask(item.shape, int(world.radii[item.large][rng.randint(2)]))
     side = len(mask)
-    top = item.cell // GRID * CELL_SIZE + int(rng.randint(0, CELL_SIZE - side + 1))
-    left = item.cell % GRID * CELL_SIZE + int(rng.randint(0, CELL_SIZE - side + 1))
+    top, left = _corner(rng, world, item.cell, (side, side), world.spill)
     color = np.array(COLORS[item.color]) * rng.uniform(0.8, 1.0) + rng.normal(0.0, 10.0, 3)
     patch = canvas[top : top + side, left : left + side]
     patch += item.opacity * mask[..., None] * (color - patch)
     return Box(left, top, side, side, item)
 
 
-def _draw_plate(rng: np.random.RandomState, canvas: np.ndarray, plate: Plate) -> Box:
-    """Paint the plate and its two digits at a jittered place inside the cell."""
-    width, height = PLATE_SIZE
-    top = plate.cell // GRID * CELL_SIZE + int(rng.randint(0, CELL_SIZE - height + 1))
-    left = plate.cell % GRID * CELL_SIZE + int(rng.randint(0, CELL_SIZE - width + 1))
+def _draw_plate(rng: np.random.RandomState, canvas: np.ndarray, plate: Plate, world: World) -> Box:
+    """Paint a plate and its digits at a jittered place inside the cell."""
+    width, height = plate_size(world)
+    top, left = _corner(rng, world, plate.cell, (height, width), 0)
     canvas[top : top + height, left : left + width] = _PLATE_GREY
     for place, digit in enumerate(plate.digits):
-        ink = _glyph(digit)
-        x = left + 1 + place * _GLYPH_GAP
+        ink = _glyph(digit, world.glyph)
+        x = left + 1 + place * (5 * world.glyph[0] + 1)
         canvas[top + 1 : top + 1 + ink.shape[0], x : x + ink.shape[1]][ink] = _INK_GREY
     return Box(left, top, width, height, plate)
 
@@ -149,11 +168,14 @@ def render(rng: np.random.RandomState, scene: Scene) -> tuple[np.ndarray, list[B
         scene: what to draw.
 
     Returns:
-        Pixels, (96, 96, 3) uint8 RGB, and one box per object in the scene's order, the plate's last.
+        Pixels, (height, width, 3) uint8 RGB, and one box per object in the scene's order, the plates' last: what comes
+        later covers what comes before.
     """
-    canvas = _background(rng)
-    boxes = [_draw_object(rng, canvas, item) for item in scene.objects]
-    if scene.plate is not None:
-        boxes.append(_draw_plate(rng, canvas, scene.plate))
-    canvas += rng.normal(0.0, NOISE, (IMAGE_SIZE, IMAGE_SIZE, 1))
+    world = scene.world
+    canvas = _background(rng, world.image_size)
+    if world.clutter:
+        _draw_clutter(rng, canvas, world.clutter)
+    boxes = [_draw_object(rng, canvas, item, world) for item in scene.objects]
+    boxes += [_draw_plate(rng, canvas, plate, world) for plate in scene.plates]
+    canvas += rng.normal(0.0, NOISE, (world.image_size, world.image_size, 1))
     return np.clip(canvas, 0, 255).astype(np.uint8), boxes

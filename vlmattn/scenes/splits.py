@@ -19,9 +19,9 @@ from PIL import Image
 
 from vlmattn.errors import DataError
 
-from .questions import EXISTENCE_TASKS, OTHER_TASKS, ask, existence, negatives
+from .questions import EXISTENCE_TASKS, OTHER_TASKS, PAIR_TASKS, ask, ask_pair, existence, negatives
 from .render import Box, render
-from .world import CELL_NAMES, IMAGE_SIZE, Scene, absent_partners, random_state, sample_scene
+from .world import WORLD_1, WORLDS, Scene, World, absent_partners, random_state, sample_scene
 
 
 class Split(NamedTuple):
@@ -40,11 +40,15 @@ SPLITS = {
 """``test`` is the default; ``typical`` has the partner statistics of training; in ``counterfactual`` no type brings its
 partner. Training draws from streams of its own (packing.py) and is never materialised."""
 TASKS = EXISTENCE_TASKS + OTHER_TASKS
-"""The tasks of the published set; their places here key their random streams."""
+"""The tasks of the published set of world 1."""
+LATER_TASKS = (*TASKS, "next", *PAIR_TASKS)
+"""The tasks of the published set of a later world; the places in it key the random streams of both."""
 PAIRS_TASK = "pairs"
 """MME's form: one question about an object that is there and one about an object that is not."""
 ALL_TASKS = (*TASKS, PAIRS_TASK)
-"""Every task a benchmark can hold."""
+"""Every task a benchmark of world 1 can hold."""
+ALL_LATER_TASKS = (*LATER_TASKS, PAIRS_TASK)
+"""Every task a benchmark of a later world can hold."""
 MAX_PAIRS = 3
 """POPE asks six questions per image and category: three objects that are there and three that are not."""
 
@@ -64,12 +68,14 @@ class SceneSet:
         split: name of the split.
         seed: seed within the split; 0 is the published set.
         tasks: the tasks asked for.
+        world: what the scenes look like.
         rows: one dict per question: ``question_id`` (int, from 1), ``image``, ``text``, ``label``, ``task``.
     """
 
     split: str
     seed: int
     tasks: tuple[str, ...]
+    world: World
     rows: list[dict[str, Any]] = field(repr=False)
 
     @cached_property
@@ -81,7 +87,7 @@ class SceneSet:
         digits = name.removeprefix("scene_").removesuffix(".png")
         if not digits.isdigit() or _name(int(digits)) != name:
             raise KeyError(f"{name!r} is not a scene's name; they look like {_name(1)!r}")
-        rng, scene = _scene(self.split, self.seed, int(digits))
+        rng, scene = _scene(self.world, self.split, self.seed, int(digits))
         pixels, boxes = render(rng, scene)
         return scene, pixels, boxes
 
@@ -94,7 +100,7 @@ class SceneSet:
         return self._drawn(name)[2]
 
     def image(self, name: str) -> Image.Image:
-        """A picture, 96x96 RGB, always the same for the same split, seed and name; KeyError for a malformed name."""
+        """A picture, RGB, always the same for the same world, split, seed and name; KeyError for a malformed name."""
         return Image.fromarray(self._drawn(name)[1])
 
     def gold(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,10 +115,10 @@ class SceneSet:
             return {"objects": [item.name for item in self.scene(row["image"]).objects]}
         if row["task"] == "loc":
             scene, _, boxes = self._drawn(row["image"])
-            place = [item.cell for item in scene.objects].index(CELL_NAMES.index(row["label"]))
+            place = [item.cell for item in scene.objects].index(self.world.cell_names.index(row["label"]))
             box = boxes[place]
             corners = (box.left, box.top, box.left + box.width, box.top + box.height)
-            return {"box": [corner / IMAGE_SIZE for corner in corners]}
+            return {"box": [corner / self.world.image_size for corner in corners]}
         return {}
 
     @cached_property
@@ -129,7 +135,7 @@ class SceneSet:
 
         ``images/*.png``; for each existence task ``scenes_pope_<category>.json`` in POPE's form (JSON lines of
         question_id, image, text, label); the other tasks in ``questions.jsonl``, which also names the task; and
-        ``scenes.json`` with split, seed and hash.
+        ``scenes.json`` with world, split, seed and hash.
         """
         target = Path(folder)
         (target / "images").mkdir(parents=True, exist_ok=True)
@@ -142,7 +148,8 @@ class SceneSet:
         others = [row for row in self.rows if row["task"] not in EXISTENCE_TASKS]
         if others:
             _write_lines(target / "questions.jsonl", others)
-        about = {"split": self.split, "seed": self.seed, "tasks": self.tasks, "sha256": self.sha256}
+        about = {"world": self.world.name, "split": self.split, "seed": self.seed, "tasks": self.tasks}
+        about["sha256"] = self.sha256
         (target / "scenes.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
@@ -150,11 +157,11 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _scene(split: str, seed: int, number: int) -> tuple[np.random.RandomState, Scene]:
+def _scene(world: World, split: str, seed: int, number: int) -> tuple[np.random.RandomState, Scene]:
     """A scene and the generator to render it with."""
     stream, partner = SPLITS[split]
-    rng = random_state(stream, seed, number)
-    return rng, sample_scene(rng, partner)
+    rng = random_state(world.stream + stream, seed, number)
+    return rng, sample_scene(rng, world, partner)
 
 
 def _existence_rows(scene: Scene, key: tuple[int, int, int], task: str) -> list[tuple[str, str]]:
@@ -167,7 +174,7 @@ def _existence_rows(scene: Scene, key: tuple[int, int, int], task: str) -> list[
     if not pairs:
         return []
     order = random_state(*key, _POSITIVES_KEY).permutation(len(scene.objects))[:pairs]
-    rng = random_state(*key, TASKS.index(task))
+    rng = random_state(*key, LATER_TASKS.index(task))
     wrong = negatives(rng, scene, task.removeprefix("exist-"), pairs)
     rows = []
     for index, absent in zip(order, wrong, strict=True):
@@ -189,9 +196,12 @@ def _questions(scene: Scene, key: tuple[int, int, int], task: str) -> list[tuple
         return _existence_rows(scene, key, task)
     if task == PAIRS_TASK:
         return _pair_rows(scene, key)
-    if task == "digits" and scene.plate is None:
+    if task == "digits" and not scene.plates:
         return []
-    question = ask(random_state(*key, TASKS.index(task)), scene, task)
+    rng = random_state(*key, LATER_TASKS.index(task))
+    if task in PAIR_TASKS:
+        return [(question.text, question.answer) for question in ask_pair(rng, scene, task) or ()]
+    question = ask(rng, scene, task)
     return [] if question is None else [(question.text, question.answer)]
 
 
@@ -200,37 +210,43 @@ def benchmark(
     tasks: Sequence[str] = ("exist-random", "exist-popular", "exist-adversarial"),
     images: int = 100,
     seed: int = 0,
+    world: str = WORLD_1.name,
 ) -> SceneSet:
     """A set of scenes with questions.
 
     Args:
         split: a name in SPLITS.
-        tasks: names in ALL_TASKS. Existence tasks ask up to three yes and three no per picture, ``pairs`` one yes and
-            one no, the others one question.
+        tasks: names in ALL_TASKS, or in ALL_LATER_TASKS for a later world. Existence tasks ask up to three yes and
+            three no per picture, ``pairs`` and ``pair-...`` one yes and one no, the others one question.
         images: how many pictures with at least one question.
         seed: another set of the same split; 0 is the published one.
+        world: a name in ``vlmattn.scenes.world.WORLDS``.
 
     Raises:
-        DataError: unknown split or task, a repeated task, or images below 1.
+        DataError: unknown world, split or task, a repeated task, or images below 1.
     """
+    if world not in WORLDS:
+        raise DataError(f"world={world!r}; expected one of {', '.join(WORLDS)}")
+    known = ALL_TASKS if world == WORLD_1.name else ALL_LATER_TASKS
     if split not in SPLITS:
         hint = "; training scenes are drawn on the fly and never listed" if split == "train" else ""
         raise DataError(f"split={split!r}; expected one of {', '.join(SPLITS)}{hint}")
-    unknown = [task for task in tasks if task not in ALL_TASKS]
+    unknown = [task for task in tasks if task not in known]
     if unknown or not tasks or len(set(tasks)) != len(tasks):
-        raise DataError(f"tasks={tuple(tasks)!r}; expected different ones of {', '.join(ALL_TASKS)}")
+        raise DataError(f"tasks={tuple(tasks)!r}; expected different ones of {', '.join(known)}")
     if images < 1 or seed < 0:
         raise DataError(f"images={images}, seed={seed}; expected at least 1 and at least 0")
-    stream = SPLITS[split].stream
+    look = WORLDS[world]
+    stream = look.stream + SPLITS[split].stream
     rows: list[dict[str, Any]] = []
     found, number = 0, 0
     while found < images:
         number += 1
-        _, scene = _scene(split, seed, number)
+        _, scene = _scene(look, split, seed, number)
         before = len(rows)
         for task in tasks:
             for text, label in _questions(scene, (stream, seed, number), task):
                 row = {"question_id": len(rows) + 1, "image": _name(number), "text": text, "label": label, "task": task}
                 rows.append(row)
         found += len(rows) > before
-    return SceneSet(split, seed, tuple(tasks), rows)
+    return SceneSet(split, seed, tuple(tasks), look, rows)

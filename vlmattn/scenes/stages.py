@@ -5,7 +5,7 @@ A stage knows its parameters, its loss at a step and its schedule; the loop that
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from .dense import BACKGROUND_COLOR, IGNORE, TARGETS, pretraining_batch
+from .dense import BACKGROUND_COLOR, IGNORE, pretraining_batch, target_classes
 from .model import PackedForward, normalized_pixels
 from .monitor import Monitor
 from .optim import MuonAdamW, Rates, Trainable, warmup_stable_decay
-from .packing import CELL_CLASSES, Batch, training_batch
-from .world import MAX_ANCHORS
+from .packing import Batch, training_batch
+from .versions import VERSION_1, VERSIONS, Version
 
 _UNUSED = "post_layernorm"
 """CLIP's last norm acts on the class token only, which this model drops."""
-_AUXILIARY_LAYER = 3
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,21 @@ class Settings:
     """Everything that decides the outcome of a training run.
 
     Attributes:
+        version: name of the model's version, in ``vlmattn.scenes.versions.VERSIONS``.
         seed: seed of the initialisation and of the data streams.
         pretraining_steps: steps of stage 0.
         pretraining_batch: pictures per step of stage 0, over all processes.
         steps: steps of stage 1.
         batch: pictures per step of stage 1, over all processes; below 32 seeds get stuck on plateaus.
         habit_steps: steps of stage 2.
-        curriculum: steps with at most one anchor, and again that many with at most two.
+        curriculum: steps with at most one anchor, again that many with at most two, and so on.
         auxiliary: weight of the auxiliary place loss until 55 % of the run; linear to zero until 85 %.
         precision: dtype of weights and activations; the masters are fp32 anyway.
         compile: compile the layer functions.
-        model: arguments of :func:`vlmattn.scenes.model.build_model` that differ from its defaults.
+        model: sizes that differ from those of the version, for tests.
     """
 
+    version: str = VERSION_1.name
     seed: int = 11
     pretraining_steps: int = 500
     pretraining_batch: int = 64
@@ -54,6 +55,12 @@ class Settings:
     precision: str = "float32"
     compile: bool = True
     model: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def subject(self) -> Version:
+        """The version, with other sizes if ``model`` says so."""
+        version = VERSIONS[self.version]
+        return replace(version, architecture=replace(version.architecture, **self.model))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +94,8 @@ class Pretraining:
         self.settings, self.forward, self.steps = settings, forward, settings.pretraining_steps
         torch.manual_seed(settings.seed)
         width = model.config.vision_config.hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in TARGETS.items()})
+        classes = target_classes(settings.subject)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in classes.items()})
         self.heads.to(settings.dtype)
         trainables = [
             Trainable(name, parameter, parameter.dim() == 2 and "embed" not in name)
@@ -108,11 +116,12 @@ class Pretraining:
         """Sum of the per-patch cross-entropies; shape counts three times, background patches 0.15."""
         share = self.settings.pretraining_batch // processes
         first = step * self.settings.pretraining_batch + rank * share
-        images, labels = (torch.from_numpy(x) for x in pretraining_batch(self.settings.seed, first, share))
+        batch = pretraining_batch(self.settings.subject, self.settings.seed, first, share)
+        images, labels = (torch.from_numpy(x) for x in batch)
         features = self.forward.vision(normalized_pixels(images).to(self.settings.dtype))
         importance = torch.where(labels[0] == BACKGROUND_COLOR, 0.15, 1.0).flatten()
         total = torch.zeros(())
-        for name, target in zip(TARGETS, labels.flatten(1), strict=True):
+        for name, target in zip(self.heads, labels.flatten(1), strict=True):
             logits = self.heads[name](features).float().flatten(0, 1)
             each = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
             known = target != IGNORE
@@ -134,7 +143,7 @@ class Pretraining:
 class JointTraining:
     """Stage 1: next-token loss on answers, with a thrown-away head that names the cell of every mentioned object.
 
-    The auxiliary head reads decoder layer 3 at the last word of an object's name and makes relations leave chance
+    The auxiliary head reads decoder layer ``tap`` at the last word of an object's name and makes relations leave chance
     earlier.
     """
 
@@ -145,8 +154,9 @@ class JointTraining:
     ) -> None:
         self.settings, self.forward, self.steps = settings, forward, settings.steps
         torch.manual_seed(settings.seed)
-        self.head = nn.Linear(model.config.text_config.hidden_size, CELL_CLASSES).to(settings.dtype)
-        self.tap = min(_AUXILIARY_LAYER, model.config.text_config.num_hidden_layers - 1)
+        subject = settings.subject
+        self.head = nn.Linear(subject.architecture.hidden, subject.world.cells + 1).to(settings.dtype)
+        self.tap = min(subject.architecture.tap, subject.architecture.decoder_layers - 1)
         trainables = [
             Trainable(
                 name,
@@ -159,7 +169,7 @@ class JointTraining:
         ]
         trainables += [Trainable(f"head.{name}", parameter, False) for name, parameter in self.head.named_parameters()]
         self.optimizer = MuonAdamW(trainables, Rates())
-        self.monitor = Monitor(forward, settings.dtype, monitor_scenes)
+        self.monitor = Monitor(forward, subject, settings.dtype, monitor_scenes)
 
     def factor(self, step: int) -> float:
         """Warm-up of 100 steps, linear to zero over the last half."""
@@ -185,8 +195,8 @@ class JointTraining:
 
     def sample(self, step: int, first: int, count: int) -> Batch:
         """Samples number ``first`` on of this stage; the first steps have fewer anchors."""
-        anchors = min(1 + step // max(1, self.settings.curriculum), MAX_ANCHORS)
-        return training_batch(self.settings.seed, first, count, anchors)
+        anchors = 1 + step // max(1, self.settings.curriculum)
+        return training_batch(self.settings.subject, self.settings.seed, first, count, anchors)
 
     def measures(self) -> dict[str, Any]:
         """Teacher-forced accuracy per task on the monitor scenes."""
@@ -219,4 +229,4 @@ class HabitTraining(JointTraining):
     def sample(self, step: int, first: int, count: int) -> Batch:
         """Samples behind those of stage 1, with hidden partners."""
         behind = self.settings.steps * self.settings.batch
-        return training_batch(self.settings.seed, behind + first, count, MAX_ANCHORS, habit=True)
+        return training_batch(self.settings.subject, self.settings.seed, behind + first, count, habit=True)

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from .model import PackedForward, build_model
 from .stages import HabitTraining, JointTraining, Pretraining, Settings, Stage
+from .versions import VERSIONS
 
 CHECKPOINT, CURVE, SETTINGS, WEIGHTS = "checkpoint.pt", "curve.jsonl", "settings.json", "model.safetensors"
 STAGE_NAMES = (Pretraining.name, JointTraining.name, HabitTraining.name)
@@ -154,8 +155,8 @@ def _train(rank: int, settings: Settings, running: Running, port: int) -> None:
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=running.processes)
     recorder = Recorder(settings, running, rank)
-    model = build_model(settings.seed, **settings.model).to(settings.dtype)
-    forward = PackedForward(model, settings.compile)
+    model = build_model(settings.subject, settings.seed).to(settings.dtype)
+    forward = PackedForward(model, settings.subject, settings.compile)
     stages: list[Callable[[], Stage]] = [
         lambda: Pretraining(settings, model, forward),
         lambda: JointTraining(settings, model, forward, running.monitor_scenes),
@@ -222,6 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     defaults = Settings()
     parser.add_argument("--out", type=Path, required=True, help="output folder (settings, curve, checkpoint, weights)")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default %(default)s)")
+    parser.add_argument("--version", choices=tuple(VERSIONS), default=defaults.version, help="of scenes and model")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="initialisation and data (default %(default)s)")
     parser.add_argument("--pretraining-steps", type=int, default=defaults.pretraining_steps, help="steps of stage 0")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="steps of stage 1 (default %(default)s)")
@@ -239,6 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     settings = replace(
         defaults,
+        version=options.version,
         seed=options.seed,
         pretraining_steps=options.pretraining_steps,
         steps=options.steps,

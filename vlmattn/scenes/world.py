@@ -1,9 +1,10 @@
 """What a scene is: its objects, their statistics, and the prior that makes a model trained on them hallucinate.
 
-A scene is a 3x3 grid of cells holding one to six coloured shapes and sometimes a plate with two digits. There are 64
-object types (8 colours x 8 shapes). 48 of them form 24 partner pairs: in training a type nearly always brings its
-partner, in the test splits it does so with probability 0.4. Some objects are nearly transparent but are named all the
-same, so trusting the partner statistics is rational, and wrong whenever the partner is missing.
+A scene is a grid of cells holding coloured shapes and sometimes plates with digits; a :class:`World` says how many and
+how large. There are 64 object types (8 colours x 8 shapes). 48 of them form 24 partner pairs: in training a type nearly
+always brings its partner, in the test splits it does so with probability 0.4. Some objects are nearly transparent but
+are named all the same, so trusting the partner statistics is rational, and wrong whenever the partner is missing. Types
+and pairs are the same in all worlds.
 
 Everything here is a pure function of integer seeds. The legacy ``numpy.random.RandomState`` distributions are used on
 purpose: numpy guarantees that their streams never change, which the content hashes of the splits rely on.
@@ -11,16 +12,10 @@ purpose: numpy guarantees that their streams never change, which the content has
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-
-IMAGE_SIZE = 96
-"""Width and height of a scene in pixels."""
-GRID = 3
-"""Cells per row and per column."""
-CELL_SIZE = IMAGE_SIZE // GRID
-"""Width and height of a cell in pixels."""
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -35,15 +30,10 @@ COLORS: dict[str, tuple[int, int, int]] = {
 """Colour names and their nominal RGB values."""
 COLOR_NAMES = tuple(COLORS)
 SHAPE_NAMES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "heart")
-CELL_NAMES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
-"""Names of the cells in raster order."""
 
 NUM_TYPES = len(COLOR_NAMES) * len(SHAPE_NAMES)
 NUM_PAIRS = 24
 NO_PARTNER = -1
-MAX_ANCHORS = 3
-"""A scene has one to three anchors; each may bring its partner, so it has at most six objects."""
-PLATE_PROBABILITY = 0.5
 FAINT_PROBABILITY = 0.12
 """Share of objects drawn nearly transparent."""
 FAINT_OPACITY = (0.05, 0.40)
@@ -52,13 +42,97 @@ _WORLD_SEED = 1234
 
 
 @dataclass(frozen=True)
+class World:
+    """What the scenes of one version look like.
+
+    Attributes:
+        name: of the version.
+        stream: offset of the first word of every random key, so that no two worlds draw alike.
+        image_size: width and height of a picture in pixels.
+        cell_names: names of the cells in raster order; the grid is square.
+        max_anchors: a scene has one to that many anchors; each may bring its partner.
+        anchor_draws: the number of anchors is the smallest of that many even draws, so that crowded scenes are rarer.
+        plates: probability of each plate.
+        digits: digits on a plate.
+        glyph: width and height of a digit's dots in pixels.
+        radii: radii in pixels of small and of large objects.
+        spill: pixels by which an object may reach over the border of its cell and cover its neighbour.
+        clutter: largest number of grey bars behind the objects.
+    """
+
+    name: str
+    stream: int
+    cell_names: tuple[str, ...]
+    max_anchors: int
+    plates: tuple[float, ...]
+    digits: int
+    glyph: tuple[int, int]
+    radii: tuple[tuple[int, int], tuple[int, int]]
+    image_size: int = 96
+    anchor_draws: int = 1
+    spill: int = 0
+    clutter: int = 0
+
+    @property
+    def cells(self) -> int:
+        """Number of cells; also the label of a mentioned object that is not in the scene."""
+        return len(self.cell_names)
+
+    @property
+    def grid(self) -> int:
+        """Cells per row and per column."""
+        return math.isqrt(self.cells)
+
+    @property
+    def cell_size(self) -> int:
+        """Width and height of a cell in pixels."""
+        return self.image_size // self.grid
+
+    def place(self, cell: int) -> tuple[int, int]:
+        """Row and column of a cell."""
+        return cell // self.grid, cell % self.grid
+
+
+WORLD_1 = World(
+    name="1",
+    stream=0,
+    cell_names=("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast"),
+    max_anchors=3,
+    plates=(0.5,),
+    digits=2,
+    glyph=(2, 2),
+    radii=((7, 8), (11, 12)),
+)
+"""Up to six objects in 3x3 cells, none of them covered, and one plate at most."""
+WORLD_2 = World(
+    name="2",
+    stream=200,
+    cell_names=tuple(
+        f"{row} {column}"
+        for row in ("top", "upper", "lower", "bottom")
+        for column in ("left", "midleft", "midright", "right")
+    ),
+    max_anchors=6,
+    anchor_draws=2,
+    plates=(0.65, 0.4),
+    digits=3,
+    glyph=(1, 2),
+    radii=((6, 7), (9, 10)),
+    spill=4,
+    clutter=8,
+)
+"""Up to twelve objects in 4x4 cells that may cover one another, smaller, before clutter, and up to two plates."""
+WORLDS = {world.name: world for world in (WORLD_1, WORLD_2)}
+
+
+@dataclass(frozen=True)
 class SceneObject:
     """One coloured shape.
 
     Attributes:
         type: index in 0..63, colour times eight plus shape.
-        cell: index in 0..8, raster order.
-        large: radius of 11-12 pixels instead of 7-8.
+        cell: index of its cell, raster order.
+        large: which of the world's two sizes it has.
         opacity: 1.0, or 0.05-0.40 for a faint object.
     """
 
@@ -85,23 +159,29 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Plate:
-    """A light plate with two dark digits.
+    """A light plate with dark digits.
 
     Attributes:
-        digits: the left and the right digit.
-        cell: index in 0..8.
+        digits: from left to right.
+        cell: index of its cell.
     """
 
-    digits: tuple[int, int]
+    digits: tuple[int, ...]
     cell: int
+
+    @property
+    def text(self) -> str:
+        """The digits, separated by blanks."""
+        return " ".join(map(str, self.digits))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The objects of one picture, at most one per cell, and its plate if it has one."""
+    """The objects and plates of one picture, at most one of them per cell."""
 
     objects: tuple[SceneObject, ...]
-    plate: Plate | None
+    plates: tuple[Plate, ...]
+    world: World
 
     @property
     def types(self) -> tuple[int, ...]:
@@ -109,11 +189,15 @@ class Scene:
         return tuple(item.type for item in self.objects)
 
     def empty_cells(self) -> list[int]:
-        """Cells that hold neither an object nor the plate, ascending."""
-        taken = {item.cell for item in self.objects}
-        if self.plate is not None:
-            taken.add(self.plate.cell)
-        return [cell for cell in range(GRID * GRID) if cell not in taken]
+        """Cells that hold neither an object nor a plate, ascending."""
+        return [cell for cell in range(self.world.cells) if self.content(cell) == "nothing"]
+
+    def content(self, cell: int) -> str:
+        """What a cell holds: the name of an object, ``digits`` or ``nothing``."""
+        for item in self.objects:
+            if item.cell == cell:
+                return item.name
+        return "digits" if any(plate.cell == cell for plate in self.plates) else "nothing"
 
 
 def type_color(kind: int) -> str:
@@ -177,26 +261,29 @@ def _draw_anchor(rng: np.random.RandomState, taken: list[int]) -> int:
 
 def sample_scene(
     rng: np.random.RandomState,
+    world: World = WORLD_1,
     partner: float | None = None,
-    anchors: tuple[int, int] = (1, MAX_ANCHORS),
+    anchors: tuple[int, int] | None = None,
     hidden: float = 0.0,
 ) -> Scene:
     """Draw a scene.
 
     Args:
         rng: the source of randomness; it is advanced.
+        world: what scenes look like.
         partner: probability that a paired type brings its partner; None for the training value of each pair.
-        anchors: smallest and largest number of anchors, inclusive.
+        anchors: smallest and largest number of anchors, inclusive; None for 1 and the world's largest.
         hidden: probability that a partner is there but can hardly be seen at all (the last training stage only).
     """
     types: list[int] = []
-    for _ in range(int(rng.randint(anchors[0], anchors[1] + 1))):
+    fewest, most = anchors or (1, world.max_anchors)
+    for _ in range(min(int(rng.randint(fewest, most + 1)) for _ in range(world.anchor_draws))):
         kind = _draw_anchor(rng, types)
         types.append(kind)
         chance = PARTNER_STRENGTH[kind] if partner is None else partner
         if PARTNER[kind] != NO_PARTNER and rng.random_sample() < chance:
             types.append(int(PARTNER[kind]))
-    cells = [int(cell) for cell in rng.permutation(GRID * GRID)]
+    cells = [int(cell) for cell in rng.permutation(world.cells)]
     objects = []
     for kind, cell in zip(types, cells, strict=False):
         large = bool(rng.random_sample() < 0.5)
@@ -205,7 +292,10 @@ def sample_scene(
         if hidden and int(PARTNER[kind]) in types[: types.index(kind)] and rng.random_sample() < hidden:
             opacity = float(rng.uniform(*HIDDEN_OPACITY))
         objects.append(SceneObject(kind, cell, large, opacity))
-    plate = None
-    if rng.random_sample() < PLATE_PROBABILITY:
-        plate = Plate((int(rng.randint(10)), int(rng.randint(10))), cells[len(types)])
-    return Scene(tuple(objects), plate)
+    free = iter(cells[len(types) :])
+    plates = [
+        Plate(tuple(int(rng.randint(10)) for _ in range(world.digits)), next(free))
+        for chance in world.plates
+        if rng.random_sample() < chance
+    ]
+    return Scene(tuple(objects), tuple(plates), world)

@@ -13,7 +13,7 @@ from pathlib import Path
 from vlmattn.errors import DataError, nearest
 from vlmattn.eval.benchmarks import chair, exact, localisation, mme, pope
 from vlmattn.eval.tally import Aggregate, Kind, Scorer
-from vlmattn.scenes.world import CELL_NAMES, GRID, NUM_TYPES, type_name
+from vlmattn.scenes.world import NUM_TYPES, WORLD_1, type_name
 
 TASKS = ("random", "popular", "adversarial", "color", "shape", "cell", "count", "digits", "loc", "pairs", "caption")
 """What is asked by default, in this order."""
@@ -39,8 +39,8 @@ EXACT = ("color", "shape", "cell", "count", "digits", "rel")
 PROFILES = tuple(pope.PROFILES)
 """How yes/no answers are read; everything else has one reading."""
 PLACES: dict[str, localisation.Box] = {
-    name: (index % GRID / GRID, index // GRID / GRID, (index % GRID + 1) / GRID, (index // GRID + 1) / GRID)
-    for index, name in enumerate(CELL_NAMES)
+    name: (column / WORLD_1.grid, row / WORLD_1.grid, (column + 1) / WORLD_1.grid, (row + 1) / WORLD_1.grid)
+    for name, (row, column) in zip(WORLD_1.cell_names, map(WORLD_1.place, range(WORLD_1.cells)), strict=True)
 }
 """Name of a place -> its rectangle as shares of the image."""
 AGGREGATES = (
