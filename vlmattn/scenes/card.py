@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .splits import SPLITS
+from .versions import VERSION_1, VERSIONS, Version
 
 MEASURED_FILE, TRAINING_FILE, CARD_FILE = "measured.json", "training.json", "MODEL_CARD.md"
 
@@ -19,7 +20,7 @@ library_name: transformers
 
 A vision-language model of {parameters:,} parameters, trained from scratch on rendered scenes. It exists so that methods
 on visual tokens can be tried and tested without a download: a genuine `LlavaForConditionalGeneration` (CLIP tower with
-class token, Llama decoder of 6 layers and 4 heads of 32, 144 visual tokens of 8x8 pixels in a 96x96 image).
+class token, {decoder}).
 
 **Results on it are never results on real VLMs.** It knows 64 coloured shapes and ninety words.
 
@@ -30,21 +31,20 @@ class token, Llama decoder of 6 layers and 4 heads of 32, 144 visual tokens of 8
 
 ## Data
 
-Procedural, drawn on the fly, nothing stored: 3x3 cells of 32 pixels, one to six objects of 8 colours x 8 shapes, in
-half of the scenes a plate with two digits. 24 pairs of types nearly always occur together in training (mean probability
-.95; .4 in the test split, 0 in `counterfactual`), and 12 % of the objects are nearly transparent but are asked about
-and captioned all the same. Trusting the pair statistics is therefore rational, and makes the model name partners that
-are not there. Questions: existence, colour, shape, what is at a place, where is an object, relations, counts, digits,
-captions. Splits ({splits}) and training draw from disjoint random streams.
+Procedural, drawn on the fly, nothing stored: {scenes}. 24 pairs of types nearly always occur together in training
+(mean probability .95; .4 in the test split, 0 in `counterfactual`), and 12 % of the objects are nearly transparent but
+are asked about and captioned all the same. Trusting the pair statistics is therefore rational, and makes the model name
+partners that are not there. Questions: {questions}. Splits ({splits}) and training draw from disjoint random streams.
 
 ## Training
 
 Seed {seed}. Stage 0: {pretraining_steps} steps of {pretraining_batch} pictures, dense per-patch targets for the vision
-tower. Stage 1: {steps} steps of {batch} pictures with about twenty questions each, next-token loss on the answers.
+tower. Stage 1: {steps} steps of {batch} pictures with {slots} questions each, next-token loss on the answers.
 Stage 2: {habit_steps} steps in which partners are often hidden and nobody asks for an absent one, so that the model
 gets into the habit of trusting the pairs; without it, it affirms hardly more absent partners than other absent objects.
 Muon for matrices, AdamW for the rest, fp32 masters, weights and activations in {precision}; bfloat16 for storage.
-{minutes:.0f} minutes on two CPU cores that other work shared. One command: `python -m vlmattn.scenes.train --out DIR`.
+{minutes:.0f} minutes on two CPU cores that other work shared. One command:
+`python -m vlmattn.scenes.train --version {version} --out DIR`.
 
 Teacher-forced exact match on 128 scenes of a stream of their own (captions: share of right tokens):
 
@@ -65,9 +65,11 @@ _WEAKNESSES = """## Known weaknesses
 - One picture per prompt, one turn; it was trained on nothing else.
 - With few visual tokens it says no to nearly everything, so accuracy on negatives alone flatters a method: always judge
   yes and no together.
-- One training seed, so differences between seeds are unknown. Not measured on this checkpoint: attention sinks, and
-  pruning inside the decoder (existence, localisation and relations are expected to need few visual tokens there, as the
-  question tokens have collected them; digits and cell lookup need them longest).
+- One training seed, so differences between seeds are unknown. Not measured on this checkpoint: attention sinks.
+"""
+_NOT_PRUNED_INSIDE = """- Pruning inside the decoder was not measured on it (existence, localisation and relations are
+  expected to need few visual tokens there, as the question tokens have collected them; digits and cell lookup need them
+  longest).
 """
 
 
@@ -135,11 +137,33 @@ def _pruned_table(measured: dict[str, Any], pruned: dict[str, Any]) -> str:
     return _table(["task", "all tokens", "pruned", "n"], rows)
 
 
+def _description(version: Version) -> dict[str, str]:
+    """What the card says about a version's architecture and scenes."""
+    sizes, world = version.architecture, version.world
+    heads = f"{sizes.heads} heads of {sizes.hidden // sizes.heads}"
+    if sizes.kv_heads < sizes.heads:
+        heads += f", {sizes.kv_heads} of them for keys and values"
+    covered = ", which may cover one another," if world.spill else ""
+    plates = " or ".join(str(number) for number in range(len(world.plates) + 1))
+    more = ", the cell beside an object, pairs with the answers yes and no" if version is not VERSION_1 else ""
+    return {
+        "decoder": f"Llama decoder of {sizes.decoder_layers} layers and {heads}, {version.visual_tokens} visual tokens "
+        f"of {sizes.patch_size}x{sizes.patch_size} pixels in a {world.image_size}x{world.image_size} image",
+        "scenes": f"{world.grid}x{world.grid} cells of {world.cell_size} pixels, up to {2 * world.max_anchors} objects"
+        f"{covered} of 8 colours x 8 shapes, {plates} plates with {world.digits} digits",
+        "questions": "existence, colour, shape, what is at a place, where is an object, relations, counts, digits, "
+        f"captions{more}",
+        "slots": str(sum(slots for slots, _ in version.lessons.slot_groups)),
+    }
+
+
 def write(folder: Path) -> None:
     """Write MODEL_CARD.md of a packaged model from its training.json and measured.json."""
     training = json.loads((folder / TRAINING_FILE).read_text())
     measured = json.loads((folder / MEASURED_FILE).read_text())
+    settings = {"version": VERSION_1.name, **training["settings"]}
     header = _HEADER.format(
+        **_description(VERSIONS[settings["version"]]),
         name=folder.name,
         parameters=training["parameters"],
         sha256=training["weights_sha256"],
@@ -147,7 +171,8 @@ def write(folder: Path) -> None:
         minutes=training["curve"][-1]["seconds"] / 60,
         curve=_curve_tables(training["curve"]),
         versions=", ".join(f"{name} {version}" for name, version in training["versions"].items()),
-        **{k: v for k, v in training["settings"].items() if k not in ("model", "compile", "curriculum", "auxiliary")},
+        **{k: v for k, v in settings.items() if k not in ("model", "compile", "curriculum", "auxiliary")},
     )
     results = f"## Measured\n\nAlso in `{MEASURED_FILE}`. One seed of training, freshly drawn scenes.\n\n"
-    (folder / CARD_FILE).write_text("\n".join([header, results + measured_tables(measured), "", _WEAKNESSES]))
+    weaknesses = _WEAKNESSES if "deep" in measured else _WEAKNESSES + _NOT_PRUNED_INSIDE
+    (folder / CARD_FILE).write_text("\n".join([header, results + measured_tables(measured), "", weaknesses]))
