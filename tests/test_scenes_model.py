@@ -17,7 +17,7 @@ import torch
 
 from vlmattn import scenes
 from vlmattn.errors import DataError
-from vlmattn.scenes import measure
+from vlmattn.scenes import card, measure
 from vlmattn.scenes.measure import (
     SHORT_TASKS,
     caption_scores,
@@ -183,6 +183,28 @@ def test_caption_scores_by_hand() -> None:
     scores = caption_scores([f"a {first}, a {partner}.", f"a {first}, a {second}."], [scene, scene])
     expected = {"n": 2, "chair_i": 0.25, "chair_s": 0.5, "absent_partner_s": 0.5, "recall": 0.75}
     assert {key: scores[key] for key in expected} == expected
+
+
+def test_floors_of_the_second_version_include_pruning_inside_the_decoder() -> None:
+    measured = json.loads((scenes.path(NAME) / "measured.json").read_text())
+    deep = {task: {"n": 9, "accuracy": 0.9} for task in measure.DEEP_TASKS}
+    floors = {f["name"]: f for f in measure.check_floors(measured | {"deep": deep}, measure.FLOORS["2"])}
+    lost = max(measured["tasks"][task]["accuracy"] for task in deep) - 0.9
+    assert floors["largest loss by random pruning after a third of the layers"]["value"] == pytest.approx(lost)
+    assert floors.keys() == measure.FLOORS["2"].keys() > FLOORS.keys()
+    assert all(measure.FLOORS["2"][name] >= floor for name, floor in FLOORS.items())
+
+
+def test_the_card_speaks_of_its_version(tmp_path: Path) -> None:
+    training, measured = (json.loads((scenes.path(NAME) / f).read_text()) for f in ("training.json", "measured.json"))
+    training["settings"] |= {"version": "2"}
+    measured["deep"] = {"keep": 0.11, "before_layer": 4, "loc": {"n": 9, "accuracy": 0.123}}
+    (tmp_path / "training.json").write_text(json.dumps(training))
+    (tmp_path / "measured.json").write_text(json.dumps(measured))
+    card.write(tmp_path)
+    text = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "12 layers and 4 heads of 32, 2 of them for keys and values" in text and "4x4 cells of 24 pixels" in text
+    assert "before layer 4" in text and "0.123" in text and "not measured on it" not in text
 
 
 def test_every_existence_category_is_known_to_the_measure() -> None:

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from vlmattn.scenes.dense import pretraining_batch, target_classes
-from vlmattn.scenes.export import trained_model
+from vlmattn.scenes.export import export, trained_model
+from vlmattn.scenes.measure import FLOORS
+from vlmattn.scenes.measure import main as measure
 from vlmattn.scenes.optim import orthogonalize, warmup_stable_decay
 from vlmattn.scenes.stages import Settings
 from vlmattn.scenes.train import CHECKPOINT, CURVE, WEIGHTS, Running, main, smoke_settings, train
@@ -63,11 +65,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_of_the_second_version_learns_its_own_words(tmp_path: Path) -> None:
-    run(tmp_path, replace(TINY, version="2", model=TINY.model | {"kv_heads": 1}))
+def test_a_run_of_the_second_version_is_packaged_and_measured(tmp_path: Path) -> None:
+    run(tmp_path, replace(TINY, version="2", model=TINY.model | {"kv_heads": 1, "decoder_layers": 3}))
+    assert {"next", "pair-color", "pair-place", "pair-rel"} < curve(tmp_path)[-1].keys()
     model = trained_model(tmp_path)
     assert model.config.text_config.vocab_size == 144 and model.config.text_config.num_key_value_heads == 1
-    assert {"next", "pair-color", "pair-place", "pair-rel"} < curve(tmp_path)[-1].keys()
+    export(tmp_path, tmp_path / "scenes-llava-2")
+    measure(["--model", str(tmp_path / "scenes-llava-2"), "--questions", "2", "--seed", "1", "--card"])
+    measured = json.loads((tmp_path / "scenes-llava-2" / "measured.json").read_text())
+    assert measured["version"] == "2" and measured["deep"]["before_layer"] == 1
+    assert {"next", "pair-color", "pair-place", "pair-rel"} < measured["tasks"].keys()
+    assert [floor["name"] for floor in measured["floors"]] == list(FLOORS["2"])
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5, 9, 10, 11])
