@@ -227,6 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed, help="initialisation and data (default %(default)s)")
     parser.add_argument("--pretraining-steps", type=int, default=defaults.pretraining_steps, help="steps of stage 0")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="steps of stage 1 (default %(default)s)")
+    parser.add_argument("--curriculum", type=int, default=defaults.curriculum, help="steps per number of anchors")
     parser.add_argument("--habit-steps", type=int, default=defaults.habit_steps, help="steps of stage 2")
     parser.add_argument(
         "--precision",
@@ -246,6 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
         pretraining_steps=options.pretraining_steps,
         steps=options.steps,
         habit_steps=options.habit_steps,
+        curriculum=options.curriculum,
         precision=options.precision,
         compile=not options.no_compile,
     )
