@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmattn.eval import demo, models, page, plots, summary
+from vlmattn.eval import demo, models, page, plots, tabular
 from vlmattn.scenes import names
 
 SPECS = ("none", "fastv(keep=0.11, before_layer=2)", "uniform(keep=0.11)")
@@ -125,7 +125,7 @@ def test_demo_page_has_every_number_of_its_table(result: demo.Result, tmp_path: 
         assert row.label in text
         for key in demo.METRICS:
             assert f"<span>{100 * row.score['values'][key]:.1f}</span>" in re.sub(r'<span class="\w+">', "<span>", text)
-        assert summary.bytes_text(row.cost["kv_bytes"]) in text
+        assert tabular.bytes_text(row.cost["kv_bytes"]) in text
     for word in (
         "claim nothing about any real",
         "vlmattn eval",

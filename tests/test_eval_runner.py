@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlmattn.errors import DataError
 from vlmattn.eval import bench as benches
-from vlmattn.eval import models, runner, summary
+from vlmattn.eval import models, runner, summary, tabular
 from vlmattn.eval.benchmarks import pope, scenes
 from vlmattn.eval.items import Benchmark
 from vlmattn.eval.records import RunFolder, kept_tokens, pack_tokens, read_records
@@ -174,7 +174,7 @@ def test_when_every_image_is_broken_there_is_a_table_all_the_same(tmp_path: Path
     records = run(bench, tmp_path / "run", Fake())
     row = row_of(bench, records)
     assert len(row.failed) == 24 and row.cost == {"questions": 0}
-    assert summary.tables("pope", [row])[0].row_count == 1
+    assert tabular.tables("pope", [row])[0].row_count == 1
 
 
 def test_cost_is_a_median_over_full_batches(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rows import TITLES, metric, paired, row, sweep
 
 from vlmattn.errors import DataError
-from vlmattn.eval import stats, summary
+from vlmattn.eval import stats, summary, tabular
 from vlmattn.eval.budgets import match_average_tokens
 from vlmattn.eval.items import Benchmark, Item
 from vlmattn.eval.runs import Run
@@ -55,7 +55,7 @@ def run(wrong: int, label: str = "none", failed: int = 0, questions: int = 120) 
 
 
 def text_of(rows: Any, width: int = 160) -> str:
-    return printed(summary.tables("scenes: test", rows, width), width)
+    return printed(tabular.tables("scenes: test", rows, width), width)
 
 
 def printed(tables: Any, width: int = 160) -> str:
@@ -65,7 +65,7 @@ def printed(tables: Any, width: int = 160) -> str:
 
 
 def lines(rows: Any) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(summary.csv_text(rows))))
+    return list(csv.DictReader(io.StringIO(tabular.csv_text(rows))))
 
 
 def test_a_row_has_score_interval_cost_and_the_difference_to_the_baseline() -> None:
@@ -89,7 +89,7 @@ def test_equal_runs_differ_in_nothing() -> None:
     same = summary.row(run(6, "var"), base)
     assert {pair.difference for pair in same.versus.values()} == {0.0}
     assert not any(pair.significant() for pair in same.versus.values())
-    assert "±0.0" in summary.cell(same, same.metrics[0]) and "*" not in summary.cell(same, same.metrics[0])
+    assert "±0.0" in tabular.cell(same, same.metrics[0]) and "*" not in tabular.cell(same, same.metrics[0])
 
 
 def with_control(right: int = 60) -> list[summary.Row]:
@@ -124,25 +124,25 @@ def test_questions_that_random_tokens_lost_are_not_in_their_differences() -> Non
 
 def test_the_terminal_has_a_second_table_of_methods_tested_against_random_tokens() -> None:
     rows = with_control()
-    assert len(summary.tables("toy", [rows[0], rows[2]])) == 1
-    *_, last = summary.tables("toy", rows)
+    assert len(tabular.tables("toy", [rows[0], rows[2]])) == 1
+    *_, last = tabular.tables("toy", rows)
     assert last.title == "against random tokens at the same layer" and last.row_count == 1
     text = printed([last])
     assert "fastv" in text and "+33.3*" in text and "var" not in text and "−" not in text
-    notes = summary.notes(rows)
+    notes = tabular.notes(rows)
     assert any(note.startswith("Against random tokens") and "p < 0.05" in note for note in notes)
-    assert not any(note.startswith("Against random tokens") for note in summary.notes(rows, differences=False))
-    assert any(note.endswith("no difference was found.") for note in summary.notes(with_control(20)))
+    assert not any(note.startswith("Against random tokens") for note in tabular.notes(rows, differences=False))
+    assert any(note.endswith("no difference was found.") for note in tabular.notes(with_control(20)))
 
 
 @pytest.mark.parametrize("width", [60, 80])
 def test_the_table_against_random_tokens_fits_the_terminal(width: int) -> None:
     rows = [dataclasses.replace(entry, control="r", versus_control=entry.versus) for entry in sweep()]
-    few = len(summary.tables("t", [dataclasses.replace(entry, versus_control={}) for entry in rows], width))
-    text = printed(summary.tables("t", rows, width)[few:], width)
+    few = len(tabular.tables("t", [dataclasses.replace(entry, versus_control={}) for entry in rows], width))
+    text = printed(tabular.tables("t", rows, width)[few:], width)
     assert max(map(len, text.splitlines())) <= width and "…" not in text
     for shown in summary.metrics(rows, headline=True):
-        assert all(summary.control_text(entry, shown) in text for entry in rows[1:])
+        assert all(tabular.control_text(entry, shown) in text for entry in rows[1:])
 
 
 def test_csv_has_the_difference_to_random_tokens_of_headlines() -> None:
@@ -173,7 +173,7 @@ def test_a_method_that_does_nothing_says_so() -> None:
     half = {**COST, "visual_per_layer": [n // 2 for n in COST["visual_per_layer"]]}
     for more in ({"text": "y"}, {"cost": half}, {"cost": {**COST, "prefill_macs": 1}}):
         assert summary.row(changed(same, **more), base).note == ""
-    assert f"var: {IDLE}." in summary.notes([summary.row(base, role="baseline"), summary.row(same, base)])
+    assert f"var: {IDLE}." in tabular.notes([summary.row(base, role="baseline"), summary.row(same, base)])
 
 
 def test_a_method_that_moves_margins_does_something() -> None:
@@ -204,7 +204,7 @@ def test_questions_that_one_run_lost_are_left_out_of_differences() -> None:
     assert found.versus["mean_accuracy"].images == 45 and found.versus["mean_accuracy"].difference == 0
     assert "30 questions that only one of it and none answered" in found.note
     assert len(found.failed) == 30
-    assert any(sentence == "var: 30 questions failed and are left out." for sentence in summary.notes([found]))
+    assert any(sentence == "var: 30 questions failed and are left out." for sentence in tabular.notes([found]))
 
 
 def test_when_everything_failed_there_is_a_row_all_the_same() -> None:
@@ -224,7 +224,7 @@ def test_without_scipy_the_row_says_what_is_missing(monkeypatch: pytest.MonkeyPa
     base = run(6)
     both = [summary.row(base, role="baseline"), summary.row(run(9, "var"), base)]
     assert both[0].note == "intervals need scipy" and both[0].intervals == {}
-    assert summary.notes(both)[-1] == "intervals need scipy."  # once, not once a row
+    assert tabular.notes(both)[-1] == "intervals need scipy."  # once, not once a row
     assert "95.0" in text_of(both)
 
 
@@ -269,11 +269,11 @@ def test_tables_fit_the_terminal_and_lose_nothing(width: int) -> None:
     flat = re.sub(r"\s+", " ", text)
     for entry in rows:
         for shown in summary.metrics(rows, headline=True):
-            assert summary.cell(entry, shown).partition(" (")[0] in flat
-        for part in summary.cost_texts(entry.cost):
+            assert tabular.cell(entry, shown).partition(" (")[0] in flat
+        for part in tabular.cost_texts(entry.cost):
             assert part.partition(" (")[0] in flat
     assert "…" not in text and "random F1" not in flat  # nothing cut; not a headline
-    tables = summary.tables("scenes: test", rows, width)
+    tables = tabular.tables("scenes: test", rows, width)
     assert len(tables) > 1 and all(table.row_count == len(rows) for table in tables)
     assert [table.title for table in tables] == ["scenes: test"] + [None] * (len(tables) - 1)
 
@@ -281,39 +281,39 @@ def test_tables_fit_the_terminal_and_lose_nothing(width: int) -> None:
 def test_few_metrics_and_cost_stand_in_one_table() -> None:
     base = run(6)
     rows = [summary.row(base, role="baseline"), summary.row(run(12, "var"), base)]
-    assert len(summary.tables("toy", rows, 160)) == 1
-    head = [str(column.header) for column in summary.tables("toy", rows, 160)[0].columns]
+    assert len(tabular.tables("toy", rows, 160)) == 1
+    head = [str(column.header) for column in tabular.tables("toy", rows, 160)[0].columns]
     assert "unparsed" in head and "accuracy %" in head
     assert "unparsed" not in text_of([summary.row(run(0))])
 
 
 def test_the_marks_of_a_table_are_explained() -> None:
     rows = sweep()
-    text, notes = text_of(rows), summary.notes(rows)
+    text, notes = text_of(rows), tabular.notes(rows)
     assert "79.0 −11.0*" in text and "uniform(keep=0.25, mode='2d') †" in text
     assert notes[1] == "With a sign: the difference to none."
     assert notes[2].startswith("* differs from none: p < 0.05 in a paired test, after Holm's correction")
     assert notes[3].startswith("† uniform(keep=0.25, mode='2d'): not comparable, caption: mean length 62.0 words")
     bare = dataclasses.replace(rows[0], intervals={})
-    assert summary.notes([bare]) == []
+    assert tabular.notes([bare]) == []
 
 
 def test_a_value_has_the_unit_of_its_metric() -> None:
     entry, base = sweep()[1:3], sweep()[0]
-    assert summary.cell(base, metric("mean_accuracy")) == "90.0 (87.0-92.5)"
-    assert summary.cell(entry[1], metric("mean_accuracy")) == "79.0 −11.0* (76.0-81.5)"
-    assert summary.cell(base, metric("caption.length")) == "38.2 (38.2-38.3)"
+    assert tabular.cell(base, metric("mean_accuracy")) == "90.0 (87.0-92.5)"
+    assert tabular.cell(entry[1], metric("mean_accuracy")) == "79.0 −11.0* (76.0-81.5)"
+    assert tabular.cell(base, metric("caption.length")) == "38.2 (38.2-38.3)"
     assert summary.title(metric("caption.length")) == "caption length"
     assert summary.title(metric("mean_f1")) == "F1 %"
-    assert summary.number_text(0.5) == "50.0"
-    assert [summary.number_text(value, False) for value in (0.123, 9.994, 9.996, 1511.2)] == [
+    assert tabular.number_text(0.5) == "50.0"
+    assert [tabular.number_text(value, False) for value in (0.123, 9.994, 9.996, 1511.2)] == [
         "0.12",
         "9.99",
         "10.0",
         "1511.2",
     ]
     undefined = dataclasses.replace(base, score={**base.score, "undefined": ["mean_accuracy"]})
-    assert summary.cell(undefined, metric("mean_accuracy")) == "-"
+    assert tabular.cell(undefined, metric("mean_accuracy")) == "-"
 
 
 def below_floor() -> summary.Row:
@@ -331,10 +331,10 @@ def test_a_level_below_the_floor_is_a_dash_with_the_floor() -> None:
         if line.startswith(" fastv(before_layer=2) at"):
             assert set(line.removeprefix(" fastv(before_layer=2) at 0.35").split()) == {"-"}
     assert "floor 72.5" in text
-    assert summary.notes(rows)[-1].startswith("fastv(before_layer=2) at 0.35: level 0.35 cannot be reached")
+    assert tabular.notes(rows)[-1].startswith("fastv(before_layer=2) at 0.35: level 0.35 cannot be reached")
     last = lines(rows)[-1]
     assert last["floor"] == "72.5" and last["mean_accuracy"] == "" and last["spec"] == ""
-    assert r"-- {\scriptsize floor 72.5}" in summary.latex(rows)
+    assert r"-- {\scriptsize floor 72.5}" in tabular.latex(rows)
 
 
 def test_csv_has_plain_numbers_in_the_metrics_own_units() -> None:
@@ -361,7 +361,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_the_latex_table_is_whole() -> None:
-    text = summary.latex(sweep())
+    text = tabular.latex(sweep())
     plain = re.sub(r"\\[\\{}%&_#$]", "", text)  # escaped characters are text
     assert plain.count("{") == plain.count("}") and plain.count("$") % 2 == 0
     depth = 0
@@ -378,7 +378,7 @@ def test_the_latex_table_is_whole() -> None:
 
 def test_latex_names_are_escaped() -> None:
     odd = row("a_b & 50% $x$ #1 {q} ~^\\ <x> | †", 0.5, 72, 4.0)
-    text = summary.latex([odd])
+    text = tabular.latex([odd])
     assert (
         r"\texttt{a\_b \& 50\% \$x\$ \#1 \{q\} \textasciitilde{}\textasciicircum{}\textbackslash{} "
         r"\textless{}x\textgreater{} \textbar{} $^{\dagger}$}" in text
@@ -398,14 +398,14 @@ def test_latex_marks_the_best_comparable_method_or_control_that_is_better_than_t
         differing(row("random", 0.6, 72, 5.0, "control"), -0.1, 0.001),
         differing(row("broken", 0.95, 72, 5.0, invalid="collapsed"), 0.25, 0.001),
     ]
-    found = cells(summary.latex(rows))
+    found = cells(tabular.latex(rows))
     keys = [metric.key for metric in summary.metrics(rows, headline=True)]
     best, lowest = 1 + keys.index("mean_f1"), 1 + keys.index("caption.chair_s")
     neither = 1 + keys.index("caption.length")
     assert [r"\textbf" in line[best] for line in found] == [False, True, True, False, False]  # equal digits share it
     assert [r"\textbf" in line[lowest] for line in found] == [False, False, False, True, False]
     assert not any(r"\textbf" in line[neither] for line in found)
-    assert not any(r"\textbf" in cell for line in cells(summary.latex(rows[:2])) for cell in line)  # no contest
+    assert not any(r"\textbf" in cell for line in cells(tabular.latex(rows[:2])) for cell in line)  # no contest
 
 
 def test_latex_marks_no_value_that_may_be_chance_or_is_worse_than_the_baseline() -> None:
@@ -417,7 +417,7 @@ def test_latex_marks_no_value_that_may_be_chance_or_is_worse_than_the_baseline()
 
     def bold(difference: float, p: float) -> list[bool]:
         """Of the best accuracy, and of the lowest share of captions with a hallucination."""
-        found = cells(summary.latex([base, *(differing(entry, difference, p) for entry in (first, second))]))
+        found = cells(tabular.latex([base, *(differing(entry, difference, p) for entry in (first, second))]))
         return [r"\textbf" in found[1][accuracy], r"\textbf" in found[2][chair]]
 
     assert bold(0.02, 0.001) == [True, False]
@@ -426,7 +426,7 @@ def test_latex_marks_no_value_that_may_be_chance_or_is_worse_than_the_baseline()
     alone = differing(second, 0.02, 0.001)  # a value that is not the best of its column
     assert not any(
         r"\textbf" in cell
-        for line in cells(summary.latex([base, first, alone]))[2:]
+        for line in cells(tabular.latex([base, first, alone]))[2:]
         for cell in line[accuracy : accuracy + 1]
     )
 
@@ -461,7 +461,7 @@ def test_a_sweep_leaves_four_files(tmp_path: Path) -> None:
     assert first["versus"]["mean_accuracy"]["difference"] == pytest.approx(-0.02)
     assert first["versus"]["mean_f1"]["p"] is None and "metrics" not in first
     assert value["runs"][4]["invalid"].startswith("caption") and value["runs"][-1]["role"] == "below floor"
-    assert (tmp_path / summary.CSV).read_text() == summary.csv_text(rows)
+    assert (tmp_path / summary.CSV).read_text() == tabular.csv_text(rows)
     assert (tmp_path / summary.PLOT).read_text().startswith("<svg")
 
 

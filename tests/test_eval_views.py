@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from vlmattn.errors import DataError
-from vlmattn.eval import compare, flipped, page, stats, summary, views
+from vlmattn.eval import compare, flipped, page, stats, summary, tabular, views
 from vlmattn.eval.items import Benchmark
 from vlmattn.eval.runs import Run
 
@@ -70,7 +70,7 @@ def test_the_page_of_a_sweep_has_every_headline_with_its_interval_and_difference
             assert value is not None and ends is not None
             assert f"{100 * value:.1f} {100 * ends[0]:.1f} to {100 * ends[1]:.1f}" in text
             if row.versus:
-                assert summary.difference_text(row.versus[key]) in text
+                assert tabular.difference_text(row.versus[key]) in text
     for word in ("abc123", "f00d", "vlmattn 9.9", "vlmattn compare runs/mine", "greedy, at most 8 tokens", "a 1, 2"):
         assert word in text
 
@@ -210,7 +210,7 @@ def test_the_page_has_a_table_against_random_tokens_where_rows_were_tested() -> 
     assert line.cells[0].text == "fastv(keep=0.1)" and line.notes == ["against random(keep=0.1)"]
     for cell, metric in zip(line.cells[1:], summary.metrics(rows, headline=True), strict=True):
         pair = tested[1].versus_control[metric.key]
-        assert cell.value == pair.difference > 0 and cell.text == summary.difference_text(pair)
+        assert cell.value == pair.difference > 0 and cell.text == tabular.difference_text(pair)
         assert cell.tone == ("good" if pair.significant() else "")
     assert [column.small for column in table.columns[1:]] == ["points, 20 images"] * (len(table.columns) - 1)
     assert "random tokens at the same layer" in next(text for text in shown.lead if text.startswith("fastv"))

@@ -151,7 +151,7 @@ def evaluate(
 ) -> None:
     """A benchmark under several methods, in one table. See the command's help."""
     from vlmattn.eval import bench as benches
-    from vlmattn.eval import grid, lineup, models, runner, summary
+    from vlmattn.eval import grid, lineup, models, runner, tabular
 
     common.use_preset(preset)
     name = model or common.embedded()
@@ -200,7 +200,7 @@ def evaluate(
             rows = runner.sweep(loaded, loaded_bench, entries, folder, settings, progress)
     console = common.console()
     title = f"{loaded_bench.name}: {loaded_bench.source}"
-    for table in summary.tables(title, rows, console.width):
+    for table in tabular.tables(title, rows, console.width):
         console.print(table)
     _end_notes(console, rows, folder, with_controls)
     if any(row.failed for row in rows):
@@ -208,9 +208,9 @@ def evaluate(
 
 
 def _end_notes(console: Console, rows: Sequence[Row], folder: Path, controlled: bool) -> None:
-    from vlmattn.eval import summary
+    from vlmattn.eval import tabular
 
-    for note in summary.notes(rows):
+    for note in tabular.notes(rows):
         console.print(escape(note), style="dim", highlight=False)
     for row in rows:
         if row.failed:

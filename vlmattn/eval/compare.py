@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlmattn.errors import DataError
-from vlmattn.eval import controls, stats, summary
+from vlmattn.eval import controls, stats, tabular
 from vlmattn.eval.items import some
 from vlmattn.eval.records import texts
 from vlmattn.eval.runs import Run
@@ -200,18 +200,18 @@ def tables(comparison: Comparison, *, every: bool = False) -> list[Table]:
     body = [
         [
             f"{entry.title} %" if entry.percent else entry.title,
-            summary.number_text(entry.first, entry.percent),
-            summary.number_text(entry.second, entry.percent),
+            tabular.number_text(entry.first, entry.percent),
+            tabular.number_text(entry.second, entry.percent),
             difference_text(entry),
             "-" if entry.p is None else f"{p_text(entry.p)} ({_TESTS[entry.test]})",
             "-" if entry.p_holm is None else p_text(entry.p_holm),
-            "-" if entry.detectable is None else summary.number_text(entry.detectable, entry.percent),
+            "-" if entry.detectable is None else tabular.number_text(entry.detectable, entry.percent),
         ]
         for entry in entries
     ]
     sides = "\n".join(f"{name}: {_cost_text(run)}" for name, run in (("first", first), ("second", second)))
     title = f"{first.scorer.name}: {len(first.said)} questions about {len(first.tally.images)} images\n{sides}"
-    found = [summary.terminal_table(title, head, body, [_style(entry) for entry in entries])]
+    found = [tabular.terminal_table(title, head, body, [_style(entry) for entry in entries])]
     turns = [entry for entry in comparison.counts if entry.lost or entry.won or entry.changed]
     if turns:
         found.append(_turns_table(turns))
@@ -229,7 +229,7 @@ def flip_table(comparison: Comparison, limit: int) -> Table | None:
         for flip in chosen
     ]
     title = f"changed answers, {len(chosen)} of {len(comparison.flips)}"
-    return summary.terminal_table(title, head, body, ["" if flip.direction == "won" else "red" for flip in chosen], 5)
+    return tabular.terminal_table(title, head, body, ["" if flip.direction == "won" else "red" for flip in chosen], 5)
 
 
 def examples(flips: Sequence[Flip], limit: int) -> list[Flip]:
@@ -287,10 +287,10 @@ def power_notes(comparison: Comparison) -> list[str]:
 
 def difference_text(entry: Paired) -> str:
     """ "−1.2* (−2.0 to −0.4)": the difference with the mark of one that is more than chance, and its interval."""
-    text = summary.difference_text(entry, entry.percent)
+    text = tabular.difference_text(entry, entry.percent)
     if entry.interval is None:
         return text
-    low, high = (summary.number_text(end, entry.percent).replace("-", "−") for end in entry.interval)
+    low, high = (tabular.number_text(end, entry.percent).replace("-", "−") for end in entry.interval)
     return f"{text} ({low} to {high})"
 
 
@@ -391,7 +391,7 @@ def _turns_table(turns: Sequence[Turns]) -> Table:
         for entry in turns
     ]
     title = "lost: right, then wrong; won: wrong, then right"
-    return summary.terminal_table(title, head, body)
+    return tabular.terminal_table(title, head, body)
 
 
 def _style(entry: Paired) -> str:
@@ -440,7 +440,7 @@ def _cost_text(run: Run) -> str:
     """ "none, 144 (of 144) visual tokens a layer, 100 % of the prefill MACs"."""
     if not run.cost.get("questions"):
         return run.label
-    tokens, macs = summary.tokens_text(run.cost), summary.macs_text(run.cost)
+    tokens, macs = tabular.tokens_text(run.cost), tabular.macs_text(run.cost)
     return f"{run.label}, {tokens} visual tokens a layer, {macs} of the prefill MACs"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmattn.eval import bench as benches
-from vlmattn.eval import flipped, grid, page, plots, runner, summary, views
+from vlmattn.eval import flipped, grid, page, plots, runner, summary, tabular, views
 from vlmattn.eval.benchmarks import pope, scenes
 from vlmattn.eval.items import Benchmark, Item
 
@@ -84,16 +84,16 @@ def measure(
 def terminal_tables(result: Result) -> list[Table]:
     """Two tables that fit a terminal: what is answered right, and what it costs."""
     shown = [metric for metric in summary.metrics(result.rows) if metric.key in METRICS]
-    answers = [[row.label, *(summary.cell(row, metric) for metric in shown)] for row in result.rows]
-    cost = [[row.label, summary.tokens_text(row.cost), *summary.cost_texts(row.cost)] for row in result.rows]
+    answers = [[row.label, *(tabular.cell(row, metric) for metric in shown)] for row in result.rows]
+    cost = [[row.label, tabular.tokens_text(row.cost), *tabular.cost_texts(row.cost)] for row in result.rows]
     name, base = result.loaded.name, result.rows[0].label
     return [
-        summary.terminal_table(
+        tabular.terminal_table(
             f"{name}: right answers, with a sign the difference to {base} (* more than chance), 95 % intervals",
             ["method", *map(summary.title, shown)],
             answers,
         ),
-        summary.terminal_table(
+        tabular.terminal_table(
             f"{name}: cost per question", ["method", "visual tokens", "KV cache", "prefill", "per token"], cost
         ),
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmattn.errors import DataError
-from vlmattn.eval import summary
+from vlmattn.eval import tabular
 from vlmattn.eval.models import Loaded
 
 if TYPE_CHECKING:
@@ -84,14 +84,14 @@ def table(told: Sequence[Told]) -> Table:
                 entry.label,
                 entry.text.strip() or "(no text)",
                 f"{report.average_visual_tokens:.4g} (of {sum(report.visual_tokens)})",
-                f"{summary.bytes_text(report.kv_bytes)} ({100 * report.kv_bytes / report.kv_bytes_full:.0f} %)",
+                f"{tabular.bytes_text(report.kv_bytes)} ({100 * report.kv_bytes / report.kv_bytes_full:.0f} %)",
                 f"{100 * report.prefill_macs / report.prefill_macs_full:.0f} %",
                 f"{times['prefill_ms']:.3g} ms",
                 "-" if step is None else f"{step:.3g} ms",
             ]
         )
     head = ["method", "answer", "visual tokens", "KV cache", "prefill MACs", "prefill", "per token"]
-    return summary.terminal_table("", head, body, texts=2)
+    return tabular.terminal_table("", head, body, texts=2)
 
 
 def stage_lines(told: Sequence[Told]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from vlmattn.errors import DataError
 from vlmattn.eval import bench as benches
-from vlmattn.eval import compare, controls, flipped, page, stats, summary
+from vlmattn.eval import compare, controls, flipped, page, stats, summary, tabular
 from vlmattn.eval.compare import Comparison
 from vlmattn.eval.flipped import OpenImage, Side
 from vlmattn.eval.items import Benchmark
@@ -241,8 +241,8 @@ def control_tables(rows: Sequence[summary.Row]) -> list[page.Section]:
     notes = [
         "Method minus random tokens: as many of them, kept before the same layer, seed 0. A method that is no better "
         "than these owes what it keeps to how many tokens stay, not to which. In small print 95 % intervals and the p "
-        "of a paired test over images, after Holm's correction for the number of tests of a row. * and coloured: p "
-        "below 0.05."
+        "of a paired test over images, after Holm's correction over the headlines, or the other tasks. * and coloured: "
+        "p below 0.05."
     ]
     return [page.Table("Against random tokens at the same layer", columns, body, notes=notes)]
 
@@ -282,7 +282,7 @@ def accuracy_table(
     if any(row.versus for row in rows):
         told.append(
             f"With a sign: the difference to {rows[0].label} and the p of a paired test over images, after Holm's "
-            "correction for the number of tests of a row. * and coloured: p below 0.05."
+            "correction over the headlines, or over the other tasks. * and coloured: p below 0.05."
         )
     told += [_power_note(rows, metric) for metric in shown[:1] if _detectable(rows, metric)]
     return page.Table(title, columns, body, notes=[*told, *sorted(everywhere)])
@@ -320,13 +320,13 @@ def cost_cells(cost: Mapping[str, Any], memory: bool = False) -> list[page.Cell]
     cells = [
         page.Cell(f"{tokens:.4g}", [f"of {cost['visual_tokens']:.4g}"], tokens),
         _cell(100 * cost["prefill_macs_ratio"], ".0f"),
-        page.Cell(summary.bytes_text(cost["kv_bytes"]), [kept], cost["kv_bytes"]),
+        page.Cell(tabular.bytes_text(cost["kv_bytes"]), [kept], cost["kv_bytes"]),
         _cell(cost["prefill_ms_per_question"], ".3g"),
         _none() if step is None else _cell(step / cost["batch_size"], ".3g"),
         _cell(cost["ms_per_question"], ".3g"),
     ]
     if memory:
-        cells.append(page.Cell(summary.bytes_text(peak), value=peak) if peak else _none())
+        cells.append(page.Cell(tabular.bytes_text(peak), value=peak) if peak else _none())
     return cells
 
 
@@ -356,8 +356,8 @@ def differences_table(comparison: Comparison, *, named: bool, notes: Sequence[st
         ends = [] if pair.interval is None else [" to ".join(_signed(end, pair.percent) for end in pair.interval)]
         cells = [
             page.Cell(pair.title, [] if pair.percent else ["not a share: in its own unit"], pair.title),
-            *(page.Cell(summary.number_text(value, pair.percent), value=value) for value in (pair.first, pair.second)),
-            page.Cell(summary.difference_text(pair, pair.percent), ends, pair.difference, _coloured(pair)),
+            *(page.Cell(tabular.number_text(value, pair.percent), value=value) for value in (pair.first, pair.second)),
+            page.Cell(tabular.difference_text(pair, pair.percent), ends, pair.difference, _coloured(pair)),
             _none() if pair.p is None else page.Cell(compare.p_text(pair.p), [pair.test], pair.p),
             _none() if pair.p_holm is None else page.Cell(compare.p_text(pair.p_holm), value=pair.p_holm),
             page.Cell(str(pair.images), value=pair.images),
@@ -386,12 +386,12 @@ def metric_cell(row: summary.Row, metric: Metric, *, test: bool = True) -> page.
     if value is None:
         return _none()
     lines = [] if ends is None else [_range(ends, metric.percent)]
-    text, struck = summary.number_text(value, metric.percent), bool({*metric.groups} & {*row.collapsed})
+    text, struck = tabular.number_text(value, metric.percent), bool({*metric.groups} & {*row.collapsed})
     if pair is None or not test:
         return page.Cell(text, lines, value, struck=struck)
     p, name = (pair.p, "p uncorrected") if pair.p_holm is None else (pair.p_holm, "p")
     told = "" if p is None else f", {name} {compare.p_text(p)}"
-    lines.append(summary.difference_text(pair, pair.percent) + told)
+    lines.append(tabular.difference_text(pair, pair.percent) + told)
     return page.Cell(text, lines, value, _coloured(pair), struck)
 
 
@@ -477,17 +477,17 @@ def _difference(pair: Paired) -> str:
 
 
 def _signed(value: float, percent: bool) -> str:
-    text = summary.number_text(abs(value), percent)
+    text = tabular.number_text(abs(value), percent)
     return text if float(text) == 0 else f"{page.MINUS if value < 0 else '+'}{text}"
 
 
 def _range(ends: tuple[float, float], percent: bool) -> str:
-    return " to ".join(summary.number_text(end, percent) for end in ends)
+    return " to ".join(tabular.number_text(end, percent) for end in ends)
 
 
 def _with_interval(row: summary.Row, metric: Metric) -> str:
     value, ends = row.value(metric.key) or 0.0, row.intervals.get(metric.key)
-    text = summary.number_text(value, metric.percent) + (" %" if metric.percent else "")
+    text = tabular.number_text(value, metric.percent) + (" %" if metric.percent else "")
     return text if ends is None else f"{text} ({_range(ends, metric.percent)})"
 
 
@@ -506,7 +506,7 @@ def _power(pair: Paired) -> page.Cell:
     if pair.difference and not pair.significant():
         needed = stats.images_needed(pair.standard_error, pair.images, pair.difference)
     lines = [f"{_difference(pair)} takes {needed:,}"] if needed is not None and needed > pair.images else []
-    return page.Cell(summary.number_text(pair.detectable, pair.percent), lines, pair.detectable)
+    return page.Cell(tabular.number_text(pair.detectable, pair.percent), lines, pair.detectable)
 
 
 def _detectable(rows: Sequence[summary.Row], metric: Metric) -> list[Paired]:
@@ -573,7 +573,7 @@ def _control_cell(row: summary.Row, metric: Metric) -> page.Cell:
     lines = [] if pair.interval is None else [" to ".join(_signed(end, pair.percent) for end in pair.interval)]
     p, name = (pair.p, "p uncorrected") if pair.p_holm is None else (pair.p_holm, "p")
     lines += [] if p is None else [f"{name} {compare.p_text(p)}"]
-    text, struck = summary.difference_text(pair, pair.percent), bool({*metric.groups} & {*row.collapsed})
+    text, struck = tabular.difference_text(pair, pair.percent), bool({*metric.groups} & {*row.collapsed})
     return page.Cell(text, lines, pair.difference, _coloured(pair), struck)
 
 
