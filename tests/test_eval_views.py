@@ -95,6 +95,7 @@ def test_an_invalid_row_says_why_and_only_what_collapsed_is_struck() -> None:
         dataclasses.replace(rows[1], invalid="captions repeat themselves", collapsed=(metric.group,)),
     ]
     assert views.metric_cell(broken[1], metric).struck and not views.metric_cell(rows[1], metric).struck
+    assert metric.title not in views.sentence(broken[1], "none")
     struck = [cell.struck for cell in views.accuracy_table(broken).rows[1].cells]
     assert any(struck) and not all(struck)
     assert views.accuracy_table(broken).rows[1].invalid == "captions repeat themselves"

@@ -206,7 +206,7 @@ def sentence(row: summary.Row, base: str) -> str:
         parts.append(
             f"{kept:.3g} of {whole:.3g} visual tokens a layer, {share}" if kept < whole else "no token dropped"
         )
-    tested = [pair for pair in row.versus.values() if pair.p_holm is not None]
+    tested = _tested(row, row.versus)
     found = sorted((pair for pair in tested if pair.significant()), key=lambda pair: -abs(pair.difference))
     for words, tone in ((f"worse than {base}", "bad"), (f"better than {base}", "good"), ("different", "")):
         if chosen := _named(found, tone):
@@ -221,6 +221,11 @@ def sentence(row: summary.Row, base: str) -> str:
     if row.invalid:
         parts.append(f"not to be compared, {row.invalid}")
     return f"{row.label}: {'; '.join(parts)}."
+
+
+def _tested(row: summary.Row, pairs: Mapping[str, Paired]) -> list[Paired]:
+    """The differences that sentences speak of: tested ones, not about captions that collapsed."""
+    return [pair for pair in pairs.values() if pair.p_holm is not None and pair.group not in row.collapsed]
 
 
 def control_tables(rows: Sequence[summary.Row]) -> list[page.Section]:
@@ -545,7 +550,7 @@ def _against_random(row: summary.Row, told: str) -> list[str]:
         row: of a method.
         told: what the tests against the baseline could not see, which is not said twice.
     """
-    tested = [pair for pair in row.versus_control.values() if pair.p_holm is not None]
+    tested = _tested(row, row.versus_control)
     if not tested:
         return ["too few images to test it against random tokens"] if row.versus_control else []
     found = sorted((pair for pair in tested if pair.significant()), key=lambda pair: -abs(pair.difference))
