@@ -86,6 +86,11 @@ def test_aggregates_mean_sum_pool_and_chosen_groups() -> None:
     assert "absent" not in values, "an aggregate whose kind does not occur is left out"
 
 
+def test_a_metric_is_about_the_images_of_its_groups() -> None:
+    found = SCORER.tally(ITEMS, SAID).images_of()
+    assert (found["a.accuracy"], found["b.accuracy"], found["mean_accuracy"], found["free.letters"]) == (2, 1, 2, 1)
+
+
 def test_the_order_of_the_answers_does_not_matter_and_sums_add_up() -> None:
     forward, backward = SCORER.tally(ITEMS, SAID), SCORER.tally(ITEMS, SAID[::-1])
     assert np.array_equal(forward.sums, backward.sums) and forward.marks == backward.marks

@@ -132,7 +132,7 @@ def intervals(
         len(tally.images), lambda draws: _values(tally.metrics, draws @ tally.sums), n_resamples, confidence, seed
     )
     ends = [(float(low), float(high)) for low, high in zip(*result.confidence_interval, strict=True)]
-    images = _images(tally)
+    images = tally.images_of()
     return {
         metric.key: _opened(found, images[metric.key], confidence) if metric.of_marks else found
         for metric, found in zip(tally.metrics, ends, strict=True)
@@ -185,7 +185,7 @@ def paired(
             tests[number] = "exchange" if found is None else "mcnemar, by image"
             if found is not None and _one_an_image(metric, first, second):
                 ps[number], tests[number] = found.p, "mcnemar"
-    seen = _images(first)
+    seen = first.images_of()
     images = [seen[metric.key] for metric in metrics]
     adjusted: dict[int, float] = {}
     for family in _families(metrics):
@@ -327,14 +327,6 @@ def _power() -> Any:
     except ImportError:
         raise DataError(f"power needs statsmodels, which is not installed: {_EXTRA}") from None
     return TTestPower()
-
-
-def _images(tally: Tally) -> dict[str, int]:
-    """Metric key -> how many images it is about."""
-    seen: dict[str, set[str]] = {}
-    for key, group in tally.groups.items():
-        seen.setdefault(group, set()).add(tally.clusters[key])
-    return {metric.key: len(set().union(*(seen.get(group, ()) for group in metric.groups))) for metric in tally.metrics}
 
 
 def _opened(interval: Interval, images: int, confidence: float) -> Interval:

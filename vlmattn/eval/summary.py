@@ -181,7 +181,7 @@ def row(
         metrics=run.tally.metrics,
         control="" if control is None else control.label,
         versus_control=tests["control"],
-        images=_images(run.tally),
+        images=run.tally.images_of(),
     )
 
 
@@ -251,14 +251,6 @@ def _answered_by_both(baseline: Run, run: Run) -> tuple[Tally, Tally, int]:
         for entry in (baseline, run)
     )
     return first, second, len(answered[0] ^ answered[1])
-
-
-def _images(tally: Tally) -> dict[str, int]:
-    """Metric key -> how many images have an answer that the metric is about."""
-    seen: dict[str, set[str]] = {}
-    for key, group in tally.groups.items():
-        seen.setdefault(group, set()).add(tally.clusters[key])
-    return {metric.key: len(set().union(*(seen.get(group, ()) for group in metric.groups))) for metric in tally.metrics}
 
 
 def _idle(baseline: Run, run: Run) -> list[str]:

@@ -157,6 +157,15 @@ class Tally:
         whole = self.sums.sum(axis=0)
         return {metric.key: float(metric.of(whole)) for metric in self.metrics}
 
+    def images_of(self) -> dict[str, int]:
+        """Metric key -> how many images have an answer that the metric is about."""
+        seen: dict[str, set[str]] = {}
+        for key, group in self.groups.items():
+            seen.setdefault(group, set()).add(self.clusters[key])
+        return {
+            metric.key: len(set().union(*(seen.get(group, ()) for group in metric.groups))) for metric in self.metrics
+        }
+
     def undefined(self) -> list[str]:
         """Keys of the metrics whose denominator is zero."""
         whole = self.sums.sum(axis=0)
