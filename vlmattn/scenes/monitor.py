@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -23,6 +25,12 @@ def _tasks(scene: Scene, lessons: Lessons) -> tuple[list[str], list[str], list[s
     return short + ["digits"] * bool(scene.plates), list(lessons.relations), ["caption"]
 
 
+def _reading_apart(packed: Packed) -> Packed:
+    """Count reading one of several plates apart from reading the only one: it is learned much later."""
+    slots = (slot._replace(task="digits of two") if slot.task == "digits" else slot for slot in packed.slots)
+    return replace(packed, slots=tuple(slots))
+
+
 class Monitor:
     """Teacher-forced accuracy per task: exact match of the whole answer, share of right tokens for captions."""
 
@@ -34,7 +42,8 @@ class Monitor:
             rng = random_state(version.world.stream + MONITOR_STREAM, number)
             scene = sample_scene(rng, version.world, _PARTNER, (2, version.world.max_anchors))
             self.images.append(render(rng, scene)[0])
-            self.packed.append(pack(rng, scene, _tasks(scene, version.lessons), version.lessons))
+            packed = pack(rng, scene, _tasks(scene, version.lessons), version.lessons)
+            self.packed.append(packed if len(scene.plates) < 2 else _reading_apart(packed))
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:

@@ -109,6 +109,7 @@ def pack(
     slots: list[Slot] = []
     start_of_group = 0
     turn = int(rng.randint(60))
+    plate = 0
     for (capacity, length), names in zip(lessons.slot_groups, tasks, strict=True):
         used = 0
         for task in names:
@@ -116,6 +117,8 @@ def pack(
             index = turn if task in _PER_OBJECT_TASKS else None
             if hidden and task == "exist-yes" and rng.random_sample() < about_hidden:
                 index = hidden[rng.randint(len(hidden))]
+            if task == "digits" and lessons.digits > 1:
+                index, plate = plate, plate + 1
             question = ask(rng, scene, task, index)
             if question is None:
                 continue

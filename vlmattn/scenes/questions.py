@@ -193,9 +193,33 @@ def _ask_relation(rng: np.random.RandomState, scene: Scene, item: SceneObject) -
 def _ask_digits(rng: np.random.RandomState, scene: Scene, item: SceneObject) -> Question | None:
     """With several plates the question names the place of one."""
     if len(scene.plates) > 1:
-        plate = scene.plates[rng.randint(len(scene.plates))]
-        return Question("digits", f"What digits are in the {scene.world.cell_names[plate.cell]}?", plate.text)
+        return _ask_digits_at(scene, scene.plates[rng.randint(len(scene.plates))].cell)
+    return _ask_digits_anywhere(scene)
+
+
+def _ask_digits_anywhere(scene: Scene) -> Question:
     return Question("digits", "What digits are shown?", scene.plates[0].text if scene.plates else "none")
+
+
+def _ask_digits_at(scene: Scene, cell: int) -> Question:
+    shown = [plate.text for plate in scene.plates if plate.cell == cell]
+    return Question("digits", f"What digits are in the {scene.world.cell_names[cell]}?", shown[0] if shown else "none")
+
+
+def _read_plate(rng: np.random.RandomState, scene: Scene, index: int) -> Question:
+    """About a certain plate; beyond the last one about a place without digits.
+
+    A model that is asked for one plate of two at random learns to read first and to choose late, if at all; asked for
+    each of them in the same picture, it has to choose. Of a single plate the question mostly names no place.
+    """
+    if index < len(scene.plates):
+        if len(scene.plates) == 1 and rng.random_sample() < 0.6:
+            return _ask_digits_anywhere(scene)
+        return _ask_digits_at(scene, scene.plates[index].cell)
+    if not scene.plates:
+        return _ask_digits_anywhere(scene)
+    taken = [plate.cell for plate in scene.plates]
+    return _ask_digits_at(scene, _pick(rng, [cell for cell in range(scene.world.cells) if cell not in taken]))
 
 
 def caption(scene: Scene) -> str:
@@ -287,7 +311,8 @@ def ask(rng: np.random.RandomState, scene: Scene, task: str, index: int | None =
         rng: the source of randomness; it is advanced.
         scene: the scene asked about.
         task: ``exist-<category>`` for a negative, else a name in this module's docstring; of a pair one is drawn.
-        index: the object to ask about, modulo their number, where the task is about one object; None draws it.
+        index: the object to ask about, modulo their number, where the task is about one object, and for ``digits``
+            the plate, beyond the last one a place without digits; None draws it.
 
     Returns:
         The question, or None where the scene cannot carry one of this task.
@@ -295,6 +320,8 @@ def ask(rng: np.random.RandomState, scene: Scene, task: str, index: int | None =
     Raises:
         ValueError: unknown task.
     """
+    if task == "digits" and index is not None:
+        return _read_plate(rng, scene, index)
     item = scene.objects[int(rng.randint(len(scene.objects))) if index is None else index % len(scene.objects)]
     if task in _ASK:
         return _ASK[task](rng, scene, item)

@@ -3,8 +3,8 @@
 Three stages (stages.py), step based and seeded. A checkpoint is written every ``--checkpoint-every`` steps; a killed
 run started again continues from the last one and ends with the same weights as an undisturbed run, because every batch
 is a function of the seed and the step. ``DIR`` receives ``settings.json``, ``curve.jsonl`` (one JSON object per line),
-``checkpoint.pt`` and at the end ``model.safetensors`` (fp32 master weights), which ``python -m vlmattn.scenes.export``
-turns into a packaged model.
+``checkpoint.pt`` and at the end ``joint.safetensors`` and ``model.safetensors`` (fp32 master weights before and after
+the last stage), which ``python -m vlmattn.scenes.export`` turns into a packaged model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .stages import HabitTraining, JointTraining, Pretraining, Settings, Stage
 from .versions import VERSIONS
 
 CHECKPOINT, CURVE, SETTINGS, WEIGHTS = "checkpoint.pt", "curve.jsonl", "settings.json", "model.safetensors"
+WEIGHTS_BEFORE_HABIT = "joint.safetensors"
 STAGE_NAMES = (Pretraining.name, JointTraining.name, HabitTraining.name)
 HEAD_PREFIXES = ("head.", "heads.")
 _PROGRESS_EVERY = 10
@@ -172,9 +173,11 @@ def _train(rank: int, settings: Settings, running: Running, port: int) -> None:
         weights = {n: w.contiguous() for n, w in stage.optimizer.weights().items() if not n.startswith(HEAD_PREFIXES)}
         if budget == 0:
             break
+        if rank == 0 and stage.name != Pretraining.name:
+            file = running.out / (WEIGHTS if stage.name == HabitTraining.name else WEIGHTS_BEFORE_HABIT)
+            save_file(weights, file, metadata={"settings": json.dumps(asdict(settings))})
     else:
         if rank == 0:
-            save_file(weights, running.out / WEIGHTS, metadata={"settings": json.dumps(asdict(settings))})
             recorder.say(f"wrote {running.out / WEIGHTS} after {recorder.seconds():.0f} s")
     if dist.is_initialized():
         dist.destroy_process_group()
