@@ -77,7 +77,7 @@ def write(
         done: whether the run came to its end.
         changes: of `identity`.
     """
-    info: dict[str, Any] = {"profile": "official", "pictures": {"scenes": "test"}}
+    info: dict[str, Any] = {"profile": "official", "pictures": {"scenes": "test", "world": "2"}}
     if questions != 0:
         info["questions"] = len(items) if questions is None else questions
     with RunFolder(folder, identity(**changes), info) as out:

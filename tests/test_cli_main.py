@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from vlmattn import __version__
 from vlmattn.cli import app
-from vlmattn.eval import records
+from vlmattn.eval import models, records
 from vlmattn.eval.runs import Run
 
 METHODS = "none; fastv(keep=0.25, before_layer=2)"
@@ -105,6 +105,8 @@ def test_the_command_starts_without_torch() -> None:
         (["eval", "--data", "nowhere"], "nowhere is not a folder"),
         (["eval", "--data", "nowhere", "--scenes", "5"], "--scenes is for rendered images"),
         (["eval", "--bench", "scenes", "--tasks", "digit"], "did you mean 'digits'"),
+        (["eval", "--world", "3"], "world '3' of the scenes is unknown"),
+        (["eval", "--data", "nowhere", "--world", "2"], "--world 2 is about rendered scenes"),
         (["eval", "--methods", "vhr", "--keep", "0.5"], "no spec takes keep: vhr has alpha"),
         (["eval", "--keep", "a b"], "'a b' is not a value"),
         (["eval", "--range", "1..4"], "is not FIELD=VALUES"),
@@ -162,7 +164,7 @@ def test_run_answers_with_and_without_and_draws(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     text = plain(result.stdout)
-    assert text.startswith("Where is the") and "none" in text and "of 144" in text and "918 KiB" in text
+    assert text.startswith("Where is the") and "none" in text and "of 144" in text and re.search(r"\d [KM]iB", text)
     assert "fastv(keep=0.25, before_layer=2): 36 of 144 kept before layer 2" in text
     assert "uniform(keep=16): 16 of 144 kept before the first layer" in text
     assert Image.open(tmp_path / "kept.png").width > 600
@@ -194,13 +196,16 @@ def test_eval_writes_folders_resumes_and_refuses_another_run(tmp_path: Path) -> 
         assert len(records.read_records(folder)) == 18
         identity = records.read_run(folder)["identity"]
         assert identity["spec"] == run["spec"] and identity["decode"]["do_sample"] is False
+        assert identity["data"]["world"] == models.world("scenes-llava")
         cost = json.loads((folder / "cost.json").read_text())
         assert cost["kv_bytes"] <= cost["kv_bytes_full"] and cost["prefill_ms"] > 0
-        assert len(cost["visual_per_layer"]) == 6
+        assert cost["visual_per_layer"][:2] == [144, 144] and len(cost["visual_per_layer"]) > 2
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("records.jsonl")}
     again = vlmattn(*arguments)
     assert again.exit_code == 0
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("records.jsonl")}
+    elsewhere = vlmattn(*arguments, "--world", "qwen")
+    assert elsewhere.exit_code == 2 and "data.world (--world or --model) was" in plain(elsewhere.stderr)
     other = vlmattn(*arguments[:-4], "--batch-size", 5, "--out", tmp_path / "out")
     assert other.exit_code == 2
     assert "decode.batch_size (--batch-size) was 9, now it is 5" in plain(other.stderr) and "--out" in other.stderr

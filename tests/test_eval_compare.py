@@ -107,6 +107,7 @@ def test_equal_runs_say_so(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"data": {"sha256": "b" * 64}}, r"data\.sha256 \(bbbbbbbbbbbb\.\.\., in the first aaaaaaaaaaaa\.\.\.\)"),
+        ({"data": {"world": "2"}}, r"data\.world \(2, in the first null\)"),
         ({"data": {"limit": 4}}, r"data\.limit \(4, in the first null\)"),
         ({"prompt": "single_word"}, r"prompt \(single_word, in the first bare\)"),
         ({"decode": {"max_new_tokens": 128}}, r"decode\.max_new_tokens \(128, in the first 16\)"),

@@ -265,7 +265,8 @@ def test_margins_of_the_embedded_model_say_what_it_answered(tmp_path: Path) -> N
     from vlmattn.eval import bench, models, runner
     from vlmattn.scenes import names
 
-    asked = bench.load("scenes", embedded=True, scenes_count=6, tasks=["random", "adversarial"])
+    world = models.world(names()[0])
+    asked = bench.load("scenes", embedded=True, scenes_count=6, tasks=["random", "adversarial"], world=world)
     settings = runner.Settings(batch_size=12, max_new_tokens=4, threshold=True)
     rows = runner.sweep(models.load(names()[0]), asked, {"none": "none"}, tmp_path, settings)
     base, tuned = Run.load(tmp_path / "none"), rows[-1]

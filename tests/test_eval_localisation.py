@@ -12,6 +12,7 @@ from vlmattn.errors import DataError
 from vlmattn.eval.benchmarks import localisation, scenes
 from vlmattn.eval.items import Item, Said
 from vlmattn.eval.tally import Scorer
+from vlmattn.scenes.world import WORLDS, World
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "refcoco_oracle.json").read_text())
 IOU = {"feather": "feather_iou", "lmms_eval": "lmms_rec_iou"}
@@ -154,11 +155,16 @@ def test_a_label_that_is_no_place_is_an_error() -> None:
         places().score([Item("0", "0.png", "Where?", "behind", "loc")], [Said("0", "left")])
 
 
-def test_the_scenes_places_tile_the_image() -> None:
-    assert len(scenes.PLACES) == 9
-    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in scenes.PLACES.values())
+@pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
+def test_the_scenes_places_tile_the_image(world: World) -> None:
+    found = scenes.places(world)
+    assert list(found) == list(world.cell_names)
+    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in found.values())
     assert area == pytest.approx(1.0)
-    boxes = list(scenes.PLACES.values())
+    boxes = list(found.values())
     assert all(localisation.iou(one, other) == 0.0 for one in boxes for other in boxes if one is not other)
-    assert scenes.PLACES["northeast"] == pytest.approx((2 / 3, 0, 1, 1 / 3))
-    assert scenes.PLACES["south"] == pytest.approx((1 / 3, 2 / 3, 2 / 3, 1))
+
+
+def test_a_place_is_the_same_rectangle_in_all_worlds() -> None:
+    assert all(scenes.PLACES[name] == box for world in WORLDS.values() for name, box in scenes.places(world).items())
+    assert scenes.PLACES["upper midright"] == (0.5, 0.25, 0.75, 0.5)

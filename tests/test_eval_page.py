@@ -143,8 +143,9 @@ def test_demo_tables_fit_and_agree_with_the_formula(result: demo.Result) -> None
     assert answers.row_count == cost.row_count == len(SPECS)
     full, fastv, uniform = (row.cost for row in result.rows)
     assert full["average_visual_tokens"] == full["visual_tokens"] == 144
-    assert fastv["visual_per_layer"] == [144, 144, 16, 16, 16, 16]
-    assert uniform["visual_per_layer"] == [16] * 6
+    depth = result.loaded.model.config.get_text_config().num_hidden_layers
+    assert fastv["visual_per_layer"] == [144, 144] + [16] * (depth - 2)
+    assert uniform["visual_per_layer"] == [16] * depth
     assert full["kv_bytes"] == full["kv_bytes_full"] == uniform["kv_bytes_full"]
     per_token = full["kv_bytes"] / full["prompt_tokens"]
     assert uniform["kv_bytes"] == pytest.approx(full["kv_bytes"] - 128 * per_token)

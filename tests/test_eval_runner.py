@@ -22,6 +22,7 @@ from vlmattn.eval.benchmarks import pope, scenes
 from vlmattn.eval.items import Benchmark
 from vlmattn.eval.records import RunFolder, kept_tokens, pack_tokens, read_records
 from vlmattn.eval.runs import Run
+from vlmattn.scenes import library, names
 
 IDENTITY = {"spec": "none"}
 
@@ -224,7 +225,15 @@ def test_rendered_benchmarks_have_items_images_and_a_hash() -> None:
     assert {item.group for item in found.items} == set(pope.CATEGORIES)
     assert found.open_image(found.items[0].image).mode == "RGB"
     assert len(found.sha256) == 64 and found.prompt == "bare"
-    assert {item.group for item in benches.load("scenes", embedded=True, scenes_count=9).items} == set(scenes.TASKS)
+    assert {item.group for item in benches.load("scenes", embedded=True, scenes_count=9).items} == set(
+        scenes.chosen(None)
+    )
+
+
+def test_a_model_is_asked_about_the_scenes_that_it_was_trained_on(tmp_path: Path) -> None:
+    for name in names():
+        assert models.world(name) == library.version(name).world.name
+    assert models.world("org/model") == models.world(str(tmp_path)) == scenes.DEFAULT_WORLD
 
 
 def test_slugs_are_folder_names() -> None:
@@ -242,7 +251,8 @@ def loaded() -> models.Loaded:
 
 @pytest.fixture(scope="module")
 def rendered() -> Benchmark:
-    return benches.load("scenes", embedded=True, scenes_count=4, tasks=("random", "digits"))
+    tasks, world = ("random", "digits"), models.world("scenes-llava")
+    return benches.load("scenes", embedded=True, scenes_count=4, tasks=tasks, world=world)
 
 
 def job(bench: Benchmark, folder: Path, count: int | None = None) -> runner.Job:

@@ -30,11 +30,11 @@ def loaded() -> models.Loaded:
 
 @pytest.fixture(scope="module")
 def scenes() -> Any:
-    return benches.load("scenes", embedded=True, scenes_count=4, tasks=TASKS)
+    return benches.load("scenes", embedded=True, scenes_count=4, tasks=TASKS, world=models.world("scenes-llava"))
 
 
 def settings(**options: Any) -> runner.Settings:
-    return runner.Settings(**{"batch_size": 8, "max_new_tokens": 24, **options})
+    return runner.Settings(**{"batch_size": 8, "max_new_tokens": 64, **options})
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,8 @@ def test_the_threshold_is_tuned_on_other_images(whole: Path, scenes: Any) -> Non
     tuned = read_records(whole / "validation" / "none")
     assert tuned and {record["group"] for record in tuned} == {"random", "adversarial"}
     about = read_run(whole / "validation" / "none")
-    assert about["info"]["pictures"] == {"scenes": "val"} and about["info"]["questions"] == len(tuned)
+    assert about["info"]["pictures"] == {**scenes.pictures, "scenes": "val"}
+    assert about["info"]["questions"] == len(tuned)
     assert about["identity"]["data"]["sha256"] != scenes.sha256
 
 

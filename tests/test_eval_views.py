@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from vlmattn.errors import DataError
-from vlmattn.eval import compare, flipped, page, stats, summary, tabular, views
+from vlmattn.eval import compare, flipped, page, page_tables, sentences, stats, summary, tabular, views
 from vlmattn.eval.items import Benchmark
 from vlmattn.eval.runs import Run
 
@@ -77,13 +77,13 @@ def test_the_page_of_a_sweep_has_every_headline_with_its_interval_and_difference
 
 def test_rows_say_what_they_are() -> None:
     _, rows, runs = sweep()
-    table = views.accuracy_table([*rows, summary.row(runs[1], runs[0])])
+    table = page_tables.accuracy_table([*rows, summary.row(runs[1], runs[0])])
     assert [row.role for row in table.rows] == ["baseline", "", "", "control", "none", ""]
     below = table.rows[4]
     assert [cell.text for cell in below.cells[1:]] == [page.DASH, page.DASH]
     assert all(cell.value is None for cell in below.cells[1:])
     assert below.notes == ["level 0.35 is below the method's floor"]
-    cost = views.cost_table(rows).rows[4]
+    cost = page_tables.cost_table(rows).rows[4]
     assert cost.cells[1].text == page.DASH and list(cost.cells[1].small) == ["floor 18.5"]
 
 
@@ -94,13 +94,13 @@ def test_an_invalid_row_says_why_and_only_what_collapsed_is_struck() -> None:
         rows[0],
         dataclasses.replace(rows[1], invalid="captions repeat themselves", collapsed=(metric.group,)),
     ]
-    assert views.metric_cell(broken[1], metric).struck and not views.metric_cell(rows[1], metric).struck
-    assert metric.title not in views.sentence(broken[1], "none")
-    struck = [cell.struck for cell in views.accuracy_table(broken).rows[1].cells]
+    assert page_tables.metric_cell(broken[1], metric).struck and not page_tables.metric_cell(rows[1], metric).struck
+    assert metric.title not in sentences.sentence(broken[1], "none")
+    struck = [cell.struck for cell in page_tables.accuracy_table(broken).rows[1].cells]
     assert any(struck) and not all(struck)
-    assert views.accuracy_table(broken).rows[1].invalid == "captions repeat themselves"
-    assert views.cost_table(broken).rows[1].invalid == ""
-    assert "not to be compared, captions repeat themselves" in views.sentence(broken[1], "none")
+    assert page_tables.accuracy_table(broken).rows[1].invalid == "captions repeat themselves"
+    assert page_tables.cost_table(broken).rows[1].invalid == ""
+    assert "not to be compared, captions repeat themselves" in sentences.sentence(broken[1], "none")
 
 
 def test_failed_questions_and_notes_stand_under_the_row_and_shared_ones_below_the_table() -> None:
@@ -108,7 +108,7 @@ def test_failed_questions_and_notes_stand_under_the_row_and_shared_ones_below_th
     run = page_runs.make_run("none", items, failed=[items[0].id])
     row = dataclasses.replace(summary.row(run, role="baseline"), note="no scipy")
     other = dataclasses.replace(row, label="b", failed={}, role="method")
-    table = views.accuracy_table([row, other])
+    table = page_tables.accuracy_table([row, other])
     assert [list(line.notes) for line in table.rows] == [["1 question failed and left out"], []]
     assert table.notes[-1] == "no scipy"
 
@@ -127,7 +127,7 @@ def test_failed_questions_and_notes_stand_under_the_row_and_shared_ones_below_th
     ],
 )
 def test_a_sentence_claims_what_a_test_says_and_nothing_else(pairs: list[stats.Paired], said: str) -> None:
-    sentence = views.sentence(row_with(*pairs), "none")
+    sentence = sentences.sentence(row_with(*pairs), "none")
     assert said in sentence
     claims = sum(word in sentence for word in ("worse", "better", "different in"))
     assert claims == sum(entry.p_holm is not None and entry.p_holm < 0.05 for entry in pairs)
@@ -152,23 +152,23 @@ def test_a_sentence_claims_what_a_test_says_and_nothing_else(pairs: list[stats.P
 )
 def test_a_sentence_tells_whether_a_method_beats_random_tokens(pairs: list[stats.Paired], said: str) -> None:
     row = row_with(control="random", versus_control={entry.key: entry for entry in pairs})
-    sentence = views.sentence(row, "none")
+    sentence = sentences.sentence(row, "none")
     assert said in sentence and ("random" in sentence) == bool(pairs)
-    better = any(entry.significant() and views._tone(entry) == "good" for entry in pairs)
+    better = any(entry.significant() and sentences.direction(entry) == "good" for entry in pairs)
     assert (": better than random" in sentence or "; better than random" in sentence) == better
 
 
 def test_a_sentence_says_what_tests_without_a_finding_would_have_missed() -> None:
     found, weak = pair(-0.3, 0.001), dataclasses.replace(pair(0.1, 0.4, key="b"), detectable=0.114)
     told = "(differences of b below 11 points are easily missed)"
-    assert told in views.sentence(row_with(found, weak), "none")
-    assert "missed" not in views.sentence(row_with(dataclasses.replace(found, detectable=0.1)), "none")
-    assert "missed" not in views.sentence(row_with(dataclasses.replace(weak, detectable=None)), "none")
-    assert "missed" not in views.sentence(row_with(dataclasses.replace(weak, headline=False)), "none")
+    assert told in sentences.sentence(row_with(found, weak), "none")
+    assert "missed" not in sentences.sentence(row_with(dataclasses.replace(found, detectable=0.1)), "none")
+    assert "missed" not in sentences.sentence(row_with(dataclasses.replace(weak, detectable=None)), "none")
+    assert "missed" not in sentences.sentence(row_with(dataclasses.replace(weak, headline=False)), "none")
     both = row_with(weak, versus_control={"b": weak})
-    assert views.sentence(both, "none").count(told) == 1
+    assert sentences.sentence(both, "none").count(told) == 1
     other = dataclasses.replace(weak, detectable=0.2)
-    assert "below 20 points" in views.sentence(row_with(weak, versus_control={"b": other}), "none")
+    assert "below 20 points" in sentences.sentence(row_with(weak, versus_control={"b": other}), "none")
 
 
 def test_power_is_that_of_methods_from_the_best_measured_to_the_worst() -> None:
@@ -181,7 +181,7 @@ def test_power_is_that_of_methods_from_the_best_measured_to_the_worst() -> None:
 
     def power(*shares: float | None) -> list[str]:
         shown = [rows[0], *map(seen, rows[1:4], shares)]
-        return [note for note in views.accuracy_table(shown).notes if note.startswith("Power")]
+        return [note for note in page_tables.accuracy_table(shown).notes if note.startswith("Power")]
 
     assert [row.role for row in rows[1:4]] == ["method", "method", "control"]
     (note,) = power(0.04, 0.09, 0.5)
@@ -193,11 +193,11 @@ def test_power_is_that_of_methods_from_the_best_measured_to_the_worst() -> None:
 
 def test_column_heads_say_how_many_images_a_metric_is_about() -> None:
     _, rows, _ = sweep()
-    heads = [column.small for column in views.accuracy_table(rows).columns[1:]]
+    heads = [column.small for column in page_tables.accuracy_table(rows).columns[1:]]
     assert heads == ["%, 20 images"] * len(heads)
     fewer = dataclasses.replace(rows[1], images={key: count - 1 for key, count in rows[1].images.items()})
-    assert views.accuracy_table([rows[0], fewer]).columns[1].small == "%, 19 to 20 images"
-    assert views.accuracy_table([dataclasses.replace(rows[0], images={})]).columns[1].small == "%"
+    assert page_tables.accuracy_table([rows[0], fewer]).columns[1].small == "%, 19 to 20 images"
+    assert page_tables.accuracy_table([dataclasses.replace(rows[0], images={})]).columns[1].small == "%"
 
 
 def test_the_page_has_a_table_against_random_tokens_where_rows_were_tested() -> None:
@@ -219,7 +219,7 @@ def test_the_page_has_a_table_against_random_tokens_where_rows_were_tested() -> 
 
 def test_the_lead_of_a_sweep_names_what_was_found() -> None:
     _, rows, runs = sweep()
-    lead = views.sweep_lead(sweep()[0], rows, runs[0])
+    lead = sentences.sweep_lead(sweep()[0], rows, runs[0])
     assert lead[0].startswith("org/model answered 120 questions about 20 images (made up) under none, and again under")
     assert "2 methods and 1 control" in lead[0]
     worse, same = lead[2:]

@@ -38,7 +38,7 @@ def check(
     parse(methods)
     name = models.check_name(model or common.embedded())
     plain = None if image.startswith("scene:") else "What is in the image?"
-    picture, asked = single.picture(image, question or plain)
+    picture, asked = single.picture(image, question or plain, models.world(name))
     with models.quiet(not verbose):
         with common.status(f"loading {name}"):
             loaded = models.load(name, dtype, device)

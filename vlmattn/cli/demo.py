@@ -16,7 +16,7 @@ from vlmattn.cli.common import DeviceOption, VerboseOption, app
 def demo(
     images: Annotated[
         int, typer.Option(help="How many scenes; more narrow the intervals and take longer.", min=2)
-    ] = 100,
+    ] = 30,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo.html"),
     device: DeviceOption = None,
     verbose: VerboseOption = False,

@@ -42,7 +42,7 @@ def discover(
     name = models.check_name(model or common.embedded())
     pictures, source = finder.load_images(image or []) or None, "given"
     if pictures is None and models.is_embedded(name):
-        pictures, source = finder.scene_pictures(), "scenes"
+        pictures, source = finder.scene_pictures(name=name), "scenes"
     with models.quiet(not verbose):
         with common.status(f"loading {name}"):
             loaded = models.load(name, dtype, device)

@@ -74,7 +74,14 @@ def evaluate(
         typer.Option(help="Of --bench scenes, these only: random,color,digits,caption ...", rich_help_panel=_WHAT),
     ] = None,
     scenes: Annotated[
-        int | None, typer.Option(help="How many scenes are rendered. Default: 200.", min=1, rich_help_panel=_WHAT)
+        int | None, typer.Option(help="How many scenes are rendered. Default: 100.", min=1, rich_help_panel=_WHAT)
+    ] = None,
+    world: Annotated[
+        str | None,
+        typer.Option(
+            help="Which version of the scenes is rendered. Default: the one that an embedded model knows, else 2.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -117,9 +124,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Questions asked at once.", rich_help_panel=_HOW)] = 16,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Where an answer is cut. Default: 32 for the embedded model, else 128.", rich_help_panel=_HOW
-        ),
+        typer.Option(help="Where an answer is cut. Default: 64 for an embedded model, else 128.", rich_help_panel=_HOW),
     ] = None,
     profile: Annotated[
         str, typer.Option(help="How yes/no answers are read: official or lmms_eval.", rich_help_panel=_HOW)
@@ -164,7 +169,7 @@ def evaluate(
     settings = runner.Settings(
         limit=limit,
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens if max_new_tokens is not None else 32 if embedded else 128,
+        max_new_tokens=max_new_tokens if max_new_tokens is not None else 64 if embedded else 128,
         seed=seed,
         retry_failed=retry_failed,
         command=runner.command_line(),
@@ -183,6 +188,7 @@ def evaluate(
         prompt=prompt,
         scenes_count=benches.SCENES if scenes is None else scenes,
         tasks=None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()],
+        world=world or (None if data is not None else models.world(name)),
         words=words,
     )
     with models.quiet(not verbose):

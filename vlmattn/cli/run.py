@@ -37,7 +37,7 @@ def run(
     common.use_preset(preset)
     specs = grid.expand(f"none; {methods}")
     name = models.check_name(model or common.embedded())
-    picture, asked = single.picture(image, question)
+    picture, asked = single.picture(image, question, models.world(name))
     console = common.console()
     with models.quiet(not verbose):
         with common.status(f"loading {name}"):

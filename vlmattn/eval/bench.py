@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NAMES = ("pope", "scenes")
-SCENES = 200
+SCENES = 100
 _VALIDATION = "val"
 
 
@@ -32,6 +32,7 @@ def load(
     scenes_count: int = SCENES,
     tasks: Iterable[str] | None = None,
     split: str = "test",
+    world: str | None = None,
     words: str | Path | None = None,
 ) -> Benchmark:
     """Make a benchmark ready to run.
@@ -44,16 +45,19 @@ def load(
         profile: how yes/no answers are read.
         prompt: prompt template; default `bare` for embedded models and rendered scenes, else `single_word`.
         scenes_count: how many scenes are rendered.
-        tasks: of `scenes`, a part of `benchmarks.scenes.ALL_TASKS`; default `benchmarks.scenes.TASKS`.
+        tasks: of `scenes`, a part of `benchmarks.scenes.ALL_TASKS`; default as `benchmarks.scenes.chosen` says.
         split: of the rendered scenes.
+        world: of the rendered scenes, a name in `vlmattn.scenes.world.WORLDS`; default
+            `benchmarks.scenes.DEFAULT_WORLD`.
         words: path of a word table for the captions of `scenes`; default: the world's own.
 
     Raises:
-        DataError: an unknown name, profile, template, task or split, options that do not go together, data missing or
-            malformed, gold that cannot be scored (with the word table, say).
+        DataError: an unknown name, profile, template, task, world or split, options that do not go together, data
+            missing or malformed, gold that cannot be scored (with the word table, say).
     """
     rule = scorer(name, profile, words)
     template = prompt or ("bare" if embedded or data is None else "single_word")
+    look = scenes.check_world(scenes.DEFAULT_WORLD if world is None else world)
     pope.prompt("", template)
     if name == "scenes":
         if data is not None or images is not None:
@@ -62,10 +66,12 @@ def load(
         asked = scenes.chosen(tasks)
         if "caption" in asked and template == "single_word":
             raise DataError("prompt 'single_word' asks for one word, which no caption is; use 'bare', or leave it out")
-        return _scorable(rendered(rule, asked, count=scenes_count, prompt=template, split=split))
+        return _scorable(rendered(rule, asked, count=scenes_count, prompt=template, split=split, world=look))
     if tasks is not None:
         raise DataError("--tasks belongs to --bench scenes; POPE always asks its three categories")
     if data is not None:
+        if world is not None:
+            raise DataError(f"--world {world} is about rendered scenes; leave it out, or --data")
         return _scorable(original(data, images, rule=rule, prompt=template))
     if images is not None:
         raise DataError("--images needs the questions about them: say --data FOLDER too")
@@ -78,7 +84,8 @@ def load(
             "--data FOLDER --images FOLDER/val2014. Without a download: --model "
             f"{_embedded_name()}, whose questions and images are rendered."
         )
-    return _scorable(rendered(rule, pope.CATEGORIES, count=scenes_count, prompt=template, split=split))
+    asked = scenes.chosen(pope.CATEGORIES)
+    return _scorable(rendered(rule, asked, count=scenes_count, prompt=template, split=split, world=look))
 
 
 def scorer(name: str, profile: str = "official", words: str | Path | None = None) -> Scorer:
@@ -129,27 +136,28 @@ def open_pictures(pictures: Mapping[str, str]) -> Callable[[str], Image]:
     """A function that opens the images of a benchmark by name, from `Benchmark.pictures`.
 
     Args:
-        pictures: {"scenes": split} or {"folder": path}.
+        pictures: {"scenes": split, "world": name} or {"folder": path}.
 
     Returns:
         name -> RGB image; raises OSError or ValueError for an image that is missing or broken.
 
     Raises:
-        DataError: the folder is gone, the split is unknown, or `pictures` is neither.
+        DataError: the folder is gone, the world or split is unknown, or `pictures` is neither.
     """
     if "folder" in pictures:
         folder = Path(pictures["folder"])
         if not folder.is_dir():
             raise DataError(f"the folder with the images, {folder}, is not there any more; put it back, or run again")
         return functools.partial(_open_file, folder)
-    if "scenes" in pictures:
+    if "scenes" in pictures and "world" in pictures:
         from vlmattn.scenes.splits import SPLITS
 
-        split = pictures["scenes"]
+        split, world = pictures["scenes"], scenes.check_world(pictures["world"])
         if split not in SPLITS:
             raise DataError(f"split {split!r} of the scenes is unknown; {nearest(split, SPLITS)}")
-        return functools.partial(_open_scene, split)
-    raise DataError(f"pictures={dict(pictures)!r}; expected {{'scenes': split}} or {{'folder': path}}")
+        return functools.partial(_open_scene, world, split)
+    expected = "{'scenes': split, 'world': name} or {'folder': path}"
+    raise DataError(f"pictures={dict(pictures)!r}; expected {expected}")
 
 
 def original(folder: str | Path, images: str | Path | None, *, rule: Scorer, prompt: str) -> Benchmark:
@@ -170,7 +178,15 @@ def original(folder: str | Path, images: str | Path | None, *, rule: Scorer, pro
     )
 
 
-def rendered(rule: Scorer, tasks: Sequence[str], *, count: int, prompt: str = "bare", split: str = "test") -> Benchmark:
+def rendered(
+    rule: Scorer,
+    tasks: Sequence[str],
+    *,
+    count: int,
+    prompt: str = "bare",
+    split: str = "test",
+    world: str = scenes.DEFAULT_WORLD,
+) -> Benchmark:
     """Questions about rendered scenes, with the split "val" to tune on unless that is what is asked for.
 
     Args:
@@ -179,25 +195,26 @@ def rendered(rule: Scorer, tasks: Sequence[str], *, count: int, prompt: str = "b
         count: how many scenes.
         prompt: prompt template.
         split: of the scenes.
+        world: of the scenes.
     """
     from vlmattn.scenes import benchmark
 
-    data = benchmark(split, [f"exist-{task}" if task in scenes.YES_NO else task for task in tasks], count)
+    data = benchmark(split, [scenes.in_splits(task) for task in tasks], count, world=world)
     items = []
     for row in data.rows:
         group = row["task"].removeprefix("exist-")
         key = f"{group}/{row['question_id']}"
         items.append(Item(key, row["image"], row["text"], row["label"], group, data.gold(row)))
-    again = functools.partial(rendered, rule, tasks, count=count, prompt=prompt, split=_VALIDATION)
+    again = functools.partial(rendered, rule, tasks, count=count, prompt=prompt, split=_VALIDATION, world=world)
     return Benchmark(
         name=rule.name,
         items=tuple(items),
-        open_image=functools.partial(_open_scene, split),
+        open_image=functools.partial(_open_scene, world, split),
         scorer=rule,
         sha256=data.sha256,
-        source=f"rendered scenes, split {split}, {count} images",
+        source=f"rendered scenes of world {world}, split {split}, {count} images",
         prompt=prompt,
-        pictures={"scenes": split},
+        pictures={"scenes": split, "world": world},
         validation=None if split == _VALIDATION else again,
     )
 
@@ -247,11 +264,11 @@ def _open_file(folder: Path, name: str) -> Image:
         return image.convert("RGB")
 
 
-def _open_scene(split: str, name: str) -> Image:
+def _open_scene(world: str, split: str, name: str) -> Image:
     from vlmattn.scenes import SceneSet
-    from vlmattn.scenes.world import WORLD_1
+    from vlmattn.scenes.world import WORLDS
 
     try:
-        return SceneSet(split, 0, (), WORLD_1, []).image(name)
+        return SceneSet(split, 0, (), WORLDS[world], []).image(name)
     except KeyError as error:
         raise DataError(f"split {split!r} has no picture {name!r}: {error.args[0]}") from None

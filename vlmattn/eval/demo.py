@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmattn.eval import bench as benches
-from vlmattn.eval import flipped, grid, page, plots, runner, summary, tabular, views
+from vlmattn.eval import flipped, grid, models, page, page_tables, plots, runner, sentences, summary, tabular, views
 from vlmattn.eval.benchmarks import pope, scenes
 from vlmattn.eval.items import Benchmark, Item
 
@@ -33,7 +33,7 @@ PICTURED = ("fastv(keep=0.11, before_layer=2)", "random(keep=0.11, before_layer=
 PLACES = ("loc", "cell", "digits")
 METRICS = ("mean_accuracy", "mean_f1", "loc.hit", "cell.accuracy", "digits.accuracy")
 """Columns of the demo's tables: POPE's two, and one of each other task."""
-IMAGES = 100
+IMAGES = 30
 BATCH_SIZE = 30
 MAX_NEW_TOKENS = 8
 
@@ -68,7 +68,9 @@ def measure(
         specs: spec texts; the first one is what the others are compared with.
         progress: called with (spec, done, all).
     """
-    bench = benches.load("scenes", embedded=True, scenes_count=images, tasks=(*pope.CATEGORIES, *PLACES))
+    tasks = (*pope.CATEGORIES, *PLACES)
+    world = models.world(loaded.name)
+    bench = benches.load("scenes", embedded=True, scenes_count=images, tasks=tasks, world=world)
     settings = runner.Settings(batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS, command="vlmattn demo")
     with tempfile.TemporaryDirectory(prefix="vlmattn-demo-") as out:
         jobs = [
@@ -107,13 +109,13 @@ def content(result: Result, sinks: Result) -> page.Page:
         title="A vision-language model with fewer visual tokens and redirected attention",
         lead=lead(result),
         sections=[
-            views.accuracy_table(
+            page_tables.accuracy_table(
                 result.rows,
                 METRICS,
                 title="Right answers",
                 notes=[f"Yes/no: is it there, means over POPE's three categories. {tasks}."],
             ),
-            views.cost_table(result.rows),
+            page_tables.cost_table(result.rows),
             page.Prose(
                 "Redistribution, reinforcement and all three, on a model with planted sinks",
                 [
@@ -123,8 +125,8 @@ def content(result: Result, sinks: Result) -> page.Page:
                     "show that the methods act and compose, not that they help."
                 ],
             ),
-            views.accuracy_table(sinks.rows, METRICS, title=""),
-            views.cost_table(sinks.rows, title=""),
+            page_tables.accuracy_table(sinks.rows, METRICS, title=""),
+            page_tables.cost_table(sinks.rows, title=""),
             page.Plot(
                 "What is lost for how many tokens",
                 _plot(result),
@@ -134,16 +136,16 @@ def content(result: Result, sinks: Result) -> page.Page:
                 "Which tokens stayed",
                 examples(result),
                 [
-                    f"Of each task the first question that the model answers right under {result.rows[0].label} and at "
-                    "least one method here gets wrong, if there is one. They are picked to show differences, not to be "
+                    f"Of each task the first question that the model answers right under {result.rows[0].label} and "
+                    "only some of the methods here do, if there is one. They are picked to show differences, not to be "
                     "typical. Kept tokens are bright with an orange edge, dropped ones dim."
                 ],
             ),
             page.Prose(
                 "What this does and does not show",
                 [
-                    "These are results of a model of two million parameters that ships with the package and was "
-                    "trained on rendered scenes. It is made of the same transformers classes as the large models: the "
+                    "These are results of a small model that ships with the package and was trained on rendered "
+                    "scenes. It is made of the same transformers classes as the large models: the "
                     "software that runs here is the software that runs there. The numbers claim nothing about any real "
                     "vision-language model: measure yours with the commands below."
                 ],
@@ -163,7 +165,7 @@ def lead(result: Result) -> list[str]:
         f"is and {len(result.rows) - 1} times under methods of vlmattn. Nothing was retrained."
     )
     base = result.rows[0].label
-    return [first, *(views.sentence(row, base) for row in result.rows[1:])]
+    return [first, *(sentences.sentence(row, base) for row in result.rows[1:])]
 
 
 def examples(result: Result, specs: Sequence[str] = PICTURED) -> list[page.Example]:
@@ -194,13 +196,18 @@ def examples(result: Result, specs: Sequence[str] = PICTURED) -> list[page.Examp
 
 
 def _telling(runs: Sequence[Run]) -> list[Item]:
-    """Of every task the first item that the first run has right and another one wrong, or else has right."""
+    """Of every task the first item that the first run has right and that tells the others apart; where there is none,
+    one that another has wrong, or else any."""
     first, *others = runs
-    chosen: list[Item] = []
+
+    def tells(item: Item) -> int:
+        marks = [bool(run.tally.marks.get(item.id)) for run in others]
+        return (not all(marks)) + (any(marks) and not all(marks))
+
+    chosen = []
     for task in PLACES:
         right = [item for item in first.items if item.group == task and first.tally.marks.get(item.id)]
-        telling = [item for item in right if not all(run.tally.marks.get(item.id) for run in others)]
-        chosen += (telling or right)[:1]
+        chosen += [max(right, key=tells)] if right else []
     return chosen
 
 

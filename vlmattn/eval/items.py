@@ -67,7 +67,7 @@ class Benchmark:
         prompt: name of the prompt template.
         files: file name -> SHA-256, empty for rendered data.
         pictures: where the images can be found again without the benchmark, JSON-able:
-            {"scenes": split} or {"folder": path}.
+            {"scenes": split, "world": name} or {"folder": path}.
         validation: makes the same kind of benchmark from other images, for whatever is tuned; None where there is none.
     """
 

@@ -45,6 +45,18 @@ def is_embedded(name: str) -> bool:
     return name in names()
 
 
+def world(name: str) -> str:
+    """Name of the world of scenes that a model is asked about: an embedded one's own, else the default one.
+
+    Raises:
+        DataError: an embedded model does not say which it was trained on.
+    """
+    from vlmattn import scenes
+    from vlmattn.eval.benchmarks.scenes import DEFAULT_WORLD
+
+    return scenes.version(name).world.name if is_embedded(name) else DEFAULT_WORLD
+
+
 def check_name(name: str) -> str:
     """The name, if it can be a model: an embedded one, "org/name", or a folder that exists.
 
@@ -144,13 +156,13 @@ def _device(device: str | None) -> Any:
 
 def _pretrained(name: str, dtype: str) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     from vlmattn.scenes import names
 
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        processor = AutoProcessor.from_pretrained(name)
+        processor = _processor(name)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=kind)
     except (OSError, ValueError, KeyError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -165,6 +177,19 @@ def _pretrained(name: str, dtype: str) -> tuple[Any, Any]:
             f"({type(processor).__name__}); vlmattn needs a vision-language model"
         )
     return model, processor
+
+
+def _processor(name: str) -> Any:
+    """The processor of a hub id or a folder; that of an exported scenes model needs no torchvision."""
+    from transformers import AutoProcessor
+
+    from vlmattn.scenes import library
+
+    try:
+        library.recorded_version(Path(name))
+    except DataError:
+        return AutoProcessor.from_pretrained(name)
+    return library.load_processor(Path(name))
 
 
 def _embedded_hash(name: str, model: Any) -> str:

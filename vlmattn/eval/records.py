@@ -27,6 +27,7 @@ RUN, RECORDS, COST = "run.json", "records.jsonl", "cost.json"
 OPTIONS = {
     "bench": "--bench",
     "data.sha256": "--data, --tasks or --scenes",
+    "data.world": "--world or --model",
     "data.limit": "--limit",
     "prompt": "--prompt",
     "model.name": "--model",

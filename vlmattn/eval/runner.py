@@ -321,13 +321,14 @@ def identity(loaded: Loaded, bench: Benchmark, spec: str, settings: Settings) ->
     from vlmattn import presets
 
     preset = presets.find(loaded.model.config)
+    world = {"world": name} if (name := bench.pictures.get("world")) else {}
     return {
         "spec": spec,
         "sink_dims": None if preset is None else preset["sink_dims"],
         "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype},
         "device": loaded.device.split(":")[0],
         "bench": bench.name,
-        "data": {"sha256": bench.sha256, "limit": settings.limit},
+        "data": {"sha256": bench.sha256, "limit": settings.limit, **world},
         "prompt": bench.prompt,
         "decode": {
             "do_sample": False,

@@ -39,14 +39,19 @@ class Told:
     geometry: Geometry
 
 
-def picture(name: str, question: str | None) -> tuple[Image, str]:
+def picture(name: str, question: str | None, world: str) -> tuple[Image, str]:
     """The image, from a file or rendered for "scene:NUMBER", and the question to ask.
+
+    Args:
+        name: of the file or scene.
+        question: None for a scene's own.
+        world: of the scenes.
 
     Raises:
         DataError: no such file, not an image, not a scene number, or a file without a question.
     """
     if name.startswith("scene:"):
-        return _scene(name, question)
+        return _scene(name, question, world)
     from PIL import Image
 
     if question is None:
@@ -128,12 +133,12 @@ def draw(told: Sequence[Told], image: Image, path: Path) -> Path:
         raise DataError(f"cannot write the picture {path}: {error}") from None
 
 
-def _scene(name: str, question: str | None) -> tuple[Image, str]:
+def _scene(name: str, question: str | None, world: str) -> tuple[Image, str]:
     from vlmattn.scenes import benchmark
 
     number = name.removeprefix("scene:")
     if not number.isdecimal() or int(number) > 9999:
         raise DataError(f"{name!r} is not a scene; scene:0 to scene:9999 are")
-    data = benchmark(split="test", tasks=("loc",), images=int(number) + 1)
+    data = benchmark(split="test", tasks=("loc",), images=int(number) + 1, world=world)
     row = data.rows[-1]
     return data.image(row["image"]), question or row["text"]
