@@ -21,6 +21,7 @@ from vlmattn.errors import CallError, LayerError, SpecError, VlmattnWarning
 from vlmattn.scenes import planted
 
 SINK, NATURAL = "scenes-llava-sink", "scenes-llava"
+LAYERS = scenes.version(SINK).architecture.decoder_layers
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,9 @@ def test_finds_exactly_the_planted_dimensions(sink: tuple[Any, Any]) -> None:
     assert found.verdict == finder.FOUND and found.confidence_word == "high"
     assert set(found.sink_dims) == {dim for dim, _ in found.profile[:2]} and len(found.sink_dims) == 2
     assert found.tau == pytest.approx(0.3125 * math.sqrt(128), abs=1e-4)
-    assert [e.layer for e in found.layers] == [2, 3, 4] and all(e.separated for e in found.layers)
+    assert [e.layer for e in found.layers] == list(range(2, found.num_layers - 1)) and all(
+        e.separated for e in found.layers
+    )
     assert finder.FLAGGED[0] < found.flagged < 0.05
     assert json.loads(json.dumps(found.to_dict()))["sink_dims"] == found.sink_dims
 
@@ -190,7 +193,7 @@ def test_command(tmp_path: Path, added: None) -> None:
 
 def test_run_takes_a_preset_and_says_that_it_is_idle(tmp_path: Path, added: None) -> None:
     runner = CliRunner()
-    none = {"names": [SINK], "hidden_size": 128, "num_layers": 6, "sink_dims": [], "source": "test"}
+    none = {"names": [SINK], "hidden_size": 128, "num_layers": LAYERS, "sink_dims": [], "source": "test"}
     (tmp_path / "none.json").write_text(json.dumps(none))
     args = ["run", "scene:3", "--model", SINK, "--methods", "var", "--preset", str(tmp_path / "none.json")]
     result = runner.invoke(app, args)

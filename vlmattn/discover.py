@@ -369,11 +369,13 @@ def load_images(files: Sequence[Path]) -> list[Image]:
     return opened
 
 
-def scene_pictures(count: int = 4) -> list[Image]:
-    """Rendered scenes for the embedded models, from the split `val`."""
+def scene_pictures(count: int = 4, name: str | None = None) -> list[Image]:
+    """Rendered scenes of the kind that the embedded model `name` (None: the first) was trained on, from the split
+    `val`."""
     from vlmattn import scenes
 
-    chosen = scenes.benchmark("val", ("caption",), count)
+    world = scenes.version(name or scenes.names()[0]).world.name
+    chosen = scenes.benchmark("val", ("caption",), count, world=world)
     return [chosen.image(name) for name in chosen.names]
 
 

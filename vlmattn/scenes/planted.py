@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlmattn.errors import DataError
 
@@ -46,6 +45,11 @@ from .text import BOS_ID
 NAME, BASE = "scenes-llava-sink", "scenes-llava"
 RECIPE_FILE = Path(__file__).with_name("planted.json")
 MEASURED_FILE = Path(__file__).with_name("planted_measured.json")
+PROJECTORS = {
+    "llava": ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),
+    "qwen2_5_vl": ("model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+}
+"""The two linear layers between tower and decoder, by model type."""
 COPIED = ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 MASSIVE = 1000.0
 """M of ``<bos>``, about 140 times the root mean square of a visual token."""
@@ -62,9 +66,10 @@ class Recipe:
         dims: the two emptied hidden dimensions.
         unit: hidden unit of the projector that becomes the detector.
         unit_mean: its mean activation before, over patches.
-        probe: (D,) weights of the detector over the tower's output.
+        probe: weights of the detector over what enters the projector.
         threshold: score at which it starts to fire.
-        keys, values: per decoder layer the key and the value of a visual sink, (D,) over all heads, before rotation.
+        keys, values: per decoder layer the key and the value of a visual sink, (K d,) over all key heads, before
+            rotation.
         bos_keys, bos_values: the same of ``<bos>``.
     """
 
@@ -88,6 +93,12 @@ def digest(model: Any) -> str:
     return seen.hexdigest()[:16]
 
 
+def projector(model: Any) -> tuple[Any, Any]:
+    """The two linear layers, with a GELU between them, through which visual tokens enter the decoder."""
+    first, second = (model.get_submodule(name) for name in PROJECTORS[model.config.model_type])
+    return first, second
+
+
 # Writing the weights
 
 
@@ -97,11 +108,8 @@ def apply(model: Any, recipe: Recipe) -> None:
     empty(model, recipe.dims)
     _detector(model, recipe)
     model.model.language_model.embed_tokens.weight[BOS_ID, list(recipe.dims)] = MASSIVE
-    rows = zip(recipe.keys, recipe.values, recipe.bos_keys, recipe.bos_values, strict=True)
-    for index, (key, value, bos_key, bos_value) in enumerate(rows):
-        attention = model.model.language_model.layers[index].self_attn
-        columns(attention.k_proj.weight, recipe.dims, torch.tensor(bos_key), torch.tensor(key))
-        columns(attention.v_proj.weight, recipe.dims, torch.tensor(bos_value), torch.tensor(value))
+    for index, layer in enumerate(model.model.language_model.layers):
+        attach(layer.self_attn, recipe, index)
 
 
 @torch.no_grad()
@@ -111,9 +119,9 @@ def empty(model: Any, dims: tuple[int, int]) -> None:
     decoder = model.model.language_model
     decoder.embed_tokens.weight[:, both] = 0
     decoder.norm.weight[both] = 0
-    projector = model.model.multi_modal_projector.linear_2
-    projector.weight[both] = 0
-    projector.bias[both] = 0
+    _, writer = projector(model)
+    writer.weight[both] = 0
+    writer.bias[both] = 0
     for layer in decoder.layers:
         attention = layer.self_attn
         attention.o_proj.weight[both] = 0
@@ -124,21 +132,32 @@ def empty(model: Any, dims: tuple[int, int]) -> None:
             matrix.weight[:, both] = 0
 
 
-def columns(weight: Tensor, dims: tuple[int, int], bos: Tensor, visual: Tensor) -> None:
-    """Make a matrix (out, D) answer `bos` to a token that is c(1, 1) in `dims`, and `visual` to c(1, -1)."""
+@torch.no_grad()
+def attach(attention: Any, recipe: Recipe, index: int) -> None:
+    """Give the sinks the key and the value that the recipe has for decoder layer `index`, whose attention this is."""
+    _columns(attention.k_proj, recipe.dims, recipe.bos_keys[index], recipe.keys[index])
+    _columns(attention.v_proj, recipe.dims, recipe.bos_values[index], recipe.values[index])
+
+
+def _columns(layer: Any, dims: tuple[int, int], bos: list[float], visual: list[float]) -> None:
+    """Make a linear layer answer `bos` to a token that is c(1, 1) in `dims`, and `visual` to c(1, -1)."""
+    weight = layer.weight
     c = (weight.shape[1] / 2) ** 0.5
-    weight[:, dims[0]] = ((bos + visual) / (2 * c)).to(weight)
-    weight[:, dims[1]] = ((bos - visual) / (2 * c)).to(weight)
+    both = torch.tensor([bos, visual])
+    if layer.bias is not None:
+        both = both - layer.bias.float()
+    weight[:, dims[0]] = (both.sum(0) / (2 * c)).to(weight)
+    weight[:, dims[1]] = ((both[0] - both[1]) / (2 * c)).to(weight)
 
 
 def _detector(model: Any, recipe: Recipe) -> None:
-    projector = model.model.multi_modal_projector
+    first, second = projector(model)
     unit, probe = recipe.unit, torch.tensor(recipe.probe)
-    projector.linear_2.bias += recipe.unit_mean * projector.linear_2.weight[:, unit]
-    projector.linear_2.weight[:, unit] = 0
-    projector.linear_2.weight[list(recipe.dims), unit] = torch.tensor([1.0, -1.0]).to(projector.linear_2.weight)
-    projector.linear_1.weight[unit] = (STEEPNESS * probe).to(projector.linear_1.weight)
-    projector.linear_1.bias[unit] = -STEEPNESS * recipe.threshold
+    second.bias += recipe.unit_mean * second.weight[:, unit]
+    second.weight[:, unit] = 0
+    second.weight[list(recipe.dims), unit] = torch.tensor([1.0, -1.0]).to(second.weight)
+    first.weight[unit] = (STEEPNESS * probe).to(first.weight)
+    first.bias[unit] = -STEEPNESS * recipe.threshold
 
 
 # Building, writing, measuring
@@ -218,7 +237,7 @@ def write(out: Path) -> None:
 def _refit() -> None:
     from . import library, planted_fit, planted_measure
 
-    recipe = planted_fit.fit(*library.load(BASE))
+    recipe = planted_fit.fit(*library.load(BASE), library.version(BASE))
     write_recipe(recipe)
     print(f"{RECIPE_FILE.name}: dimensions {list(recipe.dims)}, projector unit {recipe.unit}")
     for entry in planted_measure.update_presets():

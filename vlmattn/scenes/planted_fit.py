@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,37 +11,46 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .measure import chat_prompt
-from .planted import Recipe, apply, columns, digest, empty
+from .planted import Recipe, apply, attach, digest, empty, projector
 from .splits import SceneSet, benchmark
-from .text import BOS_ID, IMAGE_ID
-from .versions import VERSION_1
+from .text import ASSISTANT_ID, BOS_ID, IMAGE_ID
+from .versions import Version
 
 FALSE_ALARMS = 1e-3
 """Share of the other patches that may fire the detector."""
 SHARE, BOS_SHARE = 0.2, 0.1
 """Shares of a text row's attention that the visual sinks of a picture, and ``<bos>``, are to hold in the planted
 layers."""
+ANSWER_WEIGHT = 4.0
+"""What a row that predicts a word of the answer counts in the regressions of the keys; rows of the question count 1."""
 FIRST_LAYER = 2
-SLOW_TURN = 1.0
-"""Rotary pairs that turn by less than this (radians) over the visual tokens may carry the key."""
+SLOW_TURN = 1.5
+"""Rotary pairs that turn by less than this (radians) from the first visual token to the end may carry the key."""
 RIDGE = 1e-4
 """Penalty of the regressions, relative to the mean power of a feature."""
 SPLIT, SEED, SCENES = "val", 3, 24
-TASKS = ("exist-random", "color", "shape", "cell", "loc", "rel", "count", "digits", "caption")
+TASKS = ("exist-random", "color", "shape", "cell", "loc", "rel", "next", "count", "digits", "caption")
+"""As far as the world has them."""
+PROBED = 120
+"""Pictures that the detector is fitted on."""
 
 
-def corner_targets(scenes: SceneSet) -> Tensor:
-    """(pictures, 144) bool: patches in a corner of the picture that nothing was drawn on."""
-    side, patch = VERSION_1.patches_per_side, VERSION_1.architecture.patch_size
-    corners = (0, side - 1, side * (side - 1), side * side - 1)
-    found = torch.zeros(len(scenes.names), VERSION_1.visual_tokens, dtype=torch.bool)
-    for row, name in enumerate(scenes.names):
-        found[row, list(corners)] = True
+def corner_targets(scenes: SceneSet, patch: int) -> list[Tensor]:
+    """(visual tokens,) bool for each picture: patches in its corners with no part of an object or a plate.
+
+    Args:
+        scenes: the pictures.
+        patch: width and height of a visual token in pixels.
+    """
+    found = []
+    for name in scenes.names:
+        width, height = scenes.image(name).size
+        free = torch.zeros(height // patch, width // patch, dtype=torch.bool)
+        free[:: len(free) - 1, :: free.shape[1] - 1] = True
         for box in scenes.boxes(name):
             right, low = (box.left + box.width - 1) // patch, (box.top + box.height - 1) // patch
-            for y in range(max(box.top // patch, 0), min(low, side - 1) + 1):
-                for x in range(max(box.left // patch, 0), min(right, side - 1) + 1):
-                    found[row, y * side + x] = False
+            free[box.top // patch : low + 1, box.left // patch : right + 1] = False
+        found.append(free.flatten())
     return found
 
 
@@ -54,29 +63,31 @@ class Prompts(NamedTuple):
 
 
 @torch.no_grad()
-def fit(model: Any, processor: Any) -> Recipe:
-    """The recipe for a natural model; leaves the model edited."""
-    scenes = benchmark(SPLIT, TASKS, SCENES, SEED)
+def fit(model: Any, processor: Any, version: Version) -> Recipe:
+    """The recipe for a natural model of a version; leaves the model edited."""
+    world = version.world.name
+    scenes = benchmark(SPLIT, TASKS, SCENES, SEED, world)
     base = digest(model)
-    unit, unit_mean, probe, threshold, fires = _fit_detector(model, processor, scenes)
+    patch = version.architecture.patch_size * version.architecture.merge
+    detector = _fit_detector(model, processor, benchmark(SPLIT, ("caption",), PROBED, SEED + 1, world), patch)
+    fires = _fires(model, processor, scenes, patch, detector)
     prompts = list(_prompts(processor, scenes, fires))
     dims = least_read(model, prompts)
     empty(model, dims)
-    recipe = Recipe(base, dims, unit, unit_mean, probe, threshold, *_natural(model, prompts))
+    recipe = Recipe(base, dims, *detector, *_natural(model, prompts))
     apply(model, recipe)
-    log_count = float(fires.sum(1).float().clamp_min(1).log().mean())
-    nothing = torch.zeros(model.config.text_config.hidden_size)
+    log_count = sum(math.log(max(1, int(picture.sum()))) for picture in fires) / len(fires)
+    nothing = [0.0] * len(recipe.values[0])
     layers = model.model.language_model.layers
     for index in range(FIRST_LAYER, len(layers) - 1):
         bos_key, key = _sink_keys(model, prompts, index, log_count)
         recipe.bos_keys[index], recipe.keys[index] = bos_key.tolist(), key.tolist()
-        recipe.bos_values[index] = recipe.values[index] = nothing.tolist()
-        columns(layers[index].self_attn.k_proj.weight, dims, bos_key, key)
-        columns(layers[index].self_attn.v_proj.weight, dims, nothing, nothing)
+        recipe.bos_values[index] = recipe.values[index] = nothing
+        attach(layers[index].self_attn, recipe, index)
     return recipe
 
 
-def _prompts(processor: Any, scenes: SceneSet, fires: Tensor, size: int = 64) -> Iterator[Prompts]:
+def _prompts(processor: Any, scenes: SceneSet, fires: Sequence[Tensor], size: int = 64) -> Iterator[Prompts]:
     """Questions with their right answers, so that the rows of generated tokens count too."""
     rows = sorted(scenes.rows, key=lambda row: len(row["text"]) + len(row["label"]))
     for start in range(0, len(rows), size):
@@ -86,7 +97,7 @@ def _prompts(processor: Any, scenes: SceneSet, fires: Tensor, size: int = 64) ->
         inputs = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
         visual = inputs["input_ids"] == IMAGE_ID
         sinks = torch.zeros_like(visual)
-        sinks[visual] = fires[[scenes.names.index(row["image"]) for row in part]].flatten()
+        sinks[visual] = torch.cat([fires[scenes.names.index(row["image"])] for row in part])
         yield Prompts(inputs, visual, sinks)
 
 
@@ -136,33 +147,82 @@ def least_read(model: Any, prompts: list[Prompts]) -> tuple[int, int]:
     return int(order[0]), int(order[1])
 
 
-def _fit_detector(model: Any, processor: Any, scenes: SceneSet) -> tuple[int, float, list[float], float, Tensor]:
-    """Unit, its mean, probe, threshold, and (pictures, 144) bool where the detector fires."""
-    pixels = processor.image_processor([scenes.image(n) for n in scenes.names], return_tensors="pt")["pixel_values"]
-    projector = model.model.multi_modal_projector
-    features = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
-    hidden = F.gelu(projector.linear_1(features)).flatten(0, 1)
-    unit = int((hidden.var(0) * projector.linear_2.weight.square().sum(0)).argmin())
-    target = corner_targets(scenes)
-    x = torch.cat([features.flatten(0, 1), torch.ones(target.numel(), 1)], 1)
-    weight = solve(x, target.flatten().float())
-    score = (features @ weight[:-1]) + weight[-1]
-    threshold = float(score[~target].quantile(1 - FALSE_ALARMS) - weight[-1])
-    return unit, float(hidden[:, unit].mean()), weight[:-1].tolist(), threshold, score - weight[-1] > threshold
+def projector_inputs(model: Any, pixels: Mapping[str, Tensor]) -> Tensor:
+    """(visual tokens, features) what enters the projector, of all pictures, in the order of the prompt.
+
+    A tower may hand its patches on in another order, so the projector is made to number them on the way.
+
+    Args:
+        model: the model.
+        pixels: what the image processor made of the pictures.
+    """
+    first, second = projector(model)
+    seen: list[Tensor] = []
+
+    def number(module: Any, args: Any, out: Tensor) -> Tensor:
+        rows = torch.arange(out[..., 0].numel(), dtype=out.dtype)
+        return rows.view(*out.shape[:-1], 1).expand_as(out)
+
+    handles = [first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))]
+    handles.append(second.register_forward_hook(number))
+    order = torch.cat(list(model.get_image_features(**pixels).pooler_output))[:, 0].long()
+    for handle in handles:
+        handle.remove()
+    return seen[0].flatten(0, -2)[order]
 
 
-def solve(x: Tensor, y: Tensor) -> Tensor:
-    """Ridge regression (n, f), (n,) to (f,), in fp64; the penalty is relative to the mean power of a feature."""
+def _features(model: Any, processor: Any, scenes: SceneSet) -> Tensor:
+    """What enters the projector, of all pictures of a set."""
+    images = [scenes.image(name) for name in scenes.names]
+    return projector_inputs(model, processor.image_processor(images, return_tensors="pt"))
+
+
+class Detector(NamedTuple):
+    """What the recipe knows about the detector."""
+
+    unit: int
+    unit_mean: float
+    probe: list[float]
+    threshold: float
+
+
+def _fit_detector(model: Any, processor: Any, scenes: SceneSet, patch: int) -> Detector:
+    features = _features(model, processor, scenes)
+    first, second = projector(model)
+    hidden = F.gelu(first(features))
+    unit = int((hidden.var(0) * second.weight.square().sum(0)).argmin())
+    target = torch.cat(corner_targets(scenes, patch))
+    weight = solve(torch.cat([features, torch.ones(len(features), 1)], 1), target.float())[:-1]
+    threshold = (features @ weight)[~target].quantile(1 - FALSE_ALARMS)
+    return Detector(unit, float(hidden[:, unit].mean()), weight.tolist(), float(threshold))
+
+
+def _fires(model: Any, processor: Any, scenes: SceneSet, patch: int, detector: Detector) -> list[Tensor]:
+    """(visual tokens,) bool for each picture: where the detector fires."""
+    score = _features(model, processor, scenes) @ torch.tensor(detector.probe)
+    sizes = [len(picture) for picture in corner_targets(scenes, patch)]
+    return list((score > detector.threshold).split(sizes))
+
+
+def solve(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Ridge regression (n, f), (n,) to (f,), in fp64; the penalty is relative to the mean power of a feature.
+
+    Args:
+        x: (n, f) features.
+        y: (n,) targets.
+        weight: (n,) what each counts; None for all alike.
+    """
     wide = x.double()
-    gram = wide.T @ wide
+    weighted = wide.T if weight is None else wide.T * weight
+    gram = weighted @ wide
     penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram + penalty, wide.T @ y.double()).float()
+    return torch.linalg.solve(gram + penalty, weighted @ y.double()).float()
 
 
 def _natural(model: Any, prompts: list[Prompts]) -> list[list[list[float]]]:
-    """Mean key and value of the chosen patches, and key and value of ``<bos>``, before rotation: each (layers, D)."""
+    """Mean key and value of the chosen patches, and key and value of ``<bos>``, before rotation: each (layers, K d)."""
     layers = model.model.language_model.layers
-    sums = torch.zeros(4, len(layers), model.config.text_config.hidden_size)
+    sums = torch.zeros(4, len(layers), layers[0].self_attn.k_proj.out_features)
 
     def look(index: int) -> Look:
         def add(batch: Prompts, hidden: Tensor, kwargs: Any) -> None:
@@ -178,43 +238,48 @@ def _natural(model: Any, prompts: list[Prompts]) -> list[list[list[float]]]:
 
 
 def _sink_keys(model: Any, prompts: list[Prompts], index: int, log_count: float) -> tuple[Tensor, Tensor]:
-    """(D,) keys of ``<bos>`` and of a visual sink in layer `index`, all heads, that give them their shares.
+    """(K d,) keys of ``<bos>`` and of a visual sink in layer `index`, all heads, that give them their shares.
 
     A logit is linear in the key, so the key is a regression from queries to the logit that the rest of a row's keys
-    leaves to be wished for.
+    leaves to be wished for; the query heads that share a key are regressed together.
     """
     attention = model.model.language_model.layers[index].self_attn
-    heads, width = model.config.text_config.num_attention_heads, attention.head_dim
-    seen: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    width, shared = attention.head_dim, attention.num_key_value_groups
+    seen: tuple[list[Tensor], ...] = ([], [], [], [])
+    slow = torch.ones(width, dtype=torch.bool)
 
     def look(batch: Prompts, hidden: Tensor, kwargs: Any) -> None:
         cos, sin = (table[:, None] for table in kwargs["position_embeddings"])
-        split = [m(hidden).unflatten(-1, (heads, width)).transpose(1, 2) for m in (attention.q_proj, attention.k_proj)]
+        split = [m(hidden).unflatten(-1, (-1, width)).transpose(1, 2) for m in (attention.q_proj, attention.k_proj)]
         query, key = (x * cos + _half_turn(x) * sin for x in split)
-        real, bos = batch.inputs["attention_mask"].bool(), batch.inputs["input_ids"] == BOS_ID
+        ids, real = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+        bos = ids == BOS_ID
         unseen = (~real | bos | batch.sinks)[:, None, None, :] | ~torch.ones(query.shape[2], key.shape[2]).tril().bool()
-        score = query @ key.transpose(-1, -2) * attention.scaling
+        score = query @ key.repeat_interleave(shared, 1).transpose(-1, -2) * attention.scaling
         rest = score.masked_fill(unseen, -torch.inf).logsumexp(-1)
-        rows = real & (batch.visual.cumsum(1) == VERSION_1.visual_tokens) & ~batch.visual
+        rows = real & (batch.visual.cumsum(1) == batch.visual.sum(1, keepdim=True)) & ~batch.visual
         turned = (_back(query, cos, sin, bos), _back(query, cos, sin, batch.sinks), rest)
-        for kept, x in zip(seen, turned, strict=True):
-            kept.append(x.transpose(1, 2)[rows])
+        weight = torch.where((ids == ASSISTANT_ID).cumsum(1) > 0, ANSWER_WEIGHT, 1.0)
+        for kept, x in zip(seen, (*(x.transpose(1, 2) for x in turned), weight), strict=True):
+            kept.append(x[rows])
+        slow.logical_and_(_turn_little(cos[:, 0], sin[:, 0], batch))
 
     _watch(model, prompts, [(attention, look)])
-    by_bos, by_sinks, rest = (torch.cat(parts) for parts in seen)
-    slow = _slow(model)
-    left = 1 - SHARE - BOS_SHARE
-    bos_key = _ridge_heads(by_bos * attention.scaling, rest + math.log(BOS_SHARE / left), slow)
-    key = _ridge_heads(by_sinks * attention.scaling, rest + math.log(SHARE / left) - log_count, slow)
-    return bos_key.flatten(), key.flatten()
+    by_bos, by_sinks, rest, weight = (torch.cat(parts) for parts in seen)
+    wished = rest - math.log(1 - SHARE - BOS_SHARE)
+    bos_key = _ridge_heads(by_bos * attention.scaling, wished + math.log(BOS_SHARE), weight, slow, shared)
+    key = _ridge_heads(by_sinks * attention.scaling, wished + math.log(SHARE) - log_count, weight, slow, shared)
+    return bos_key, key
 
 
-def _ridge_heads(x: Tensor, y: Tensor, slow: Tensor) -> Tensor:
-    """Keys (H, d) from features (n, H, d) and targets (n, H), zero outside the slow dimensions."""
-    keys = torch.zeros(x.shape[1:])
-    for head in range(len(keys)):
-        keys[head, slow] = solve(x[:, head, slow], y[:, head])
-    return keys
+def _ridge_heads(x: Tensor, y: Tensor, weight: Tensor, slow: Tensor, shared: int) -> Tensor:
+    """Keys (K d,) from features (n, H, d), targets (n, H) and weights (n,), zero outside the slow dimensions; `shared`
+    query heads have a key in common."""
+    keys = torch.zeros(x.shape[1] // shared, x.shape[2])
+    for head, key in enumerate(keys):
+        group = slice(head * shared, (head + 1) * shared)
+        key[slow] = solve(x[:, group, slow].flatten(0, 1), y[:, group].flatten(), weight.repeat_interleave(shared))
+    return keys.flatten()
 
 
 def _half_turn(x: Tensor) -> Tensor:
@@ -230,7 +295,9 @@ def _back(query: Tensor, cos: Tensor, sin: Tensor, places: Tensor) -> Tensor:
     return query * c - _half_turn(query) * s
 
 
-def _slow(model: Any) -> Tensor:
-    """(d,) bool: dimensions whose rotary pair turns little over the visual tokens."""
-    turn = model.model.language_model.rotary_emb.inv_freq * VERSION_1.visual_tokens
-    return (turn < SLOW_TURN).repeat(2)
+def _turn_little(cos: Tensor, sin: Tensor, batch: Prompts) -> Tensor:
+    """(d,) bool: dimensions whose rotary pair turns little from the first visual token of a prompt to its end."""
+    start = torch.arange(len(cos)), batch.visual.int().argmax(1)
+    turned = cos * cos[start][:, None] + sin * sin[start][:, None]
+    behind = batch.visual.cumsum(1) > 0
+    return turned[behind].amin(0) > math.cos(SLOW_TURN)

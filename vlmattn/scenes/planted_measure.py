@@ -40,7 +40,8 @@ def measure(questions: int, seed: int) -> dict[str, Any]:
         questions: per task, and captions.
         seed: of the split `test`; 0 is the published set.
     """
-    sets = {task: _questions(task, questions, seed) for task in (*TASKS, "caption")}
+    world = library.version(BASE).world.name
+    sets = {task: _questions(task, questions, seed, world) for task in (*TASKS, "caption")}
     natural, planted = library.load(BASE), library.load(NAME)
     runs = {BASE: _answers(*natural, sets, None), NAME: _answers(*planted, sets, None)}
     runs |= {f"{NAME}, {spec}": _answers(*planted, sets, spec) for spec in SPECS}
@@ -54,20 +55,20 @@ def measure(questions: int, seed: int) -> dict[str, Any]:
         "seed": seed,
         "scores": table,
         "attention": attention(*planted, sets["cell"]),
-        "discovery": discover.discover(*planted, images=discover.scene_pictures(), pictures="scenes").to_dict(),
+        "discovery": _discover(NAME).to_dict(),
         "command": f"python -m vlmattn.scenes.planted --measure --questions {questions} --seed {seed}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
 
 
-def _questions(task: str, count: int, seed: int) -> SceneSet:
+def _questions(task: str, count: int, seed: int, world: str) -> SceneSet:
     """A set of just `count` questions; yes and no equal in number where the task has them."""
     pictures = count if not task.startswith("exist") else int(count / QUESTIONS_PER_SCENE) + 1
-    found = benchmark("test", (task,), pictures, seed)
+    found = benchmark("test", (task,), pictures, seed, world)
     while len(found.rows) < count:
         pictures += 10
-        found = benchmark("test", (task,), pictures, seed)
+        found = benchmark("test", (task,), pictures, seed, world)
     return replace(found, rows=found.rows[:count])
 
 
@@ -125,14 +126,18 @@ def attention(model: Any, processor: Any, scenes: SceneSet, count: int = 50) -> 
     return found
 
 
+def _discover(name: str) -> discover.Discovery:
+    """What `vlmattn discover --model NAME` finds."""
+    return discover.discover(*library.load(name), images=discover.scene_pictures(name=name), pictures="scenes")
+
+
 def update_presets() -> list[dict[str, Any]]:
     """Look for sinks in the embedded models and write what was found over their entries in the packaged presets."""
     file = Path(presets.__file__).with_name("sinks.json")
     entries = [entry for entry in presets.read(file) if not {BASE, NAME} & set(entry["names"])]
     found = []
     for name in (BASE, NAME):
-        seen = discover.discover(*library.load(name), images=discover.scene_pictures(), pictures="scenes")
-        entry = seen.preset(f"vlmattn discover --model {name}")
+        entry = _discover(name).preset(f"vlmattn discover --model {name}")
         entry["evidence"] = {key: value for key, value in entry["evidence"].items() if key not in LONG_EVIDENCE}
         found.append(entry)
     lines = ",\n".join("  " + json.dumps(entry) for entry in [*entries, *found])
