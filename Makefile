@@ -47,9 +47,11 @@ bench: $(READY)  ## time against arithmetic on this CPU, proofs first: a record,
 	@echo "bench: a large random model, plain, pruned and edited, into $(BENCH_OUT)"
 	@$(OFFLINE) $(PY) -m vlmattn.bench --out $(BENCH_OUT) $(BENCH_OPTIONS)
 
-train-scenes: $(READY)  ## train the embedded model from scratch into build/scenes-llava; goes on where it was stopped
-	@echo "train-scenes: into build/scenes-llava"
-	@$(OFFLINE) $(PY) -m vlmattn.scenes.train --out build/scenes-llava
+train-scenes: $(READY)  ## train the embedded model from scratch and package it; goes on where it was stopped
+	@echo "train-scenes: trains in build/scenes, packages into build/scenes-llava"
+	@$(OFFLINE) $(PY) -m vlmattn.scenes.train --out build/scenes
+	@$(OFFLINE) $(PY) -m vlmattn.scenes.choose build/scenes
+	@$(OFFLINE) $(PY) -m vlmattn.scenes.export --run build/scenes --out build/scenes-llava
 
 clean:  ## remove builds, caches and run folders; the environments stay
 	@rm -rf build dist runs demo.html .pytest_cache .ruff_cache .mypy_cache

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from vlmattn.scenes.model import PackedForward, build_model, normalized_pixels
 from vlmattn.scenes.packing import training_batch
 from vlmattn.scenes.text import EOS_ID
-from vlmattn.scenes.versions import VERSIONS, Version
+from vlmattn.scenes.versions import VERSION_2
 
 
-@pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
-def test_packed_forward_equals_the_stock_forward(version: Version) -> None:
+def test_packed_forward_of_a_llava_equals_the_stock_forward() -> None:
+    version = VERSION_2
     model = build_model(version, seed=3).eval()
     batch = training_batch(version, seed=5, first=0, count=2)
     pixels, ids = normalized_pixels(torch.from_numpy(batch.pixels)), torch.from_numpy(batch.ids)
@@ -28,9 +27,9 @@ def test_packed_forward_equals_the_stock_forward(version: Version) -> None:
                 words = words[: words.index(EOS_ID) + 1]
                 with torch.no_grad():
                     stock = model(
-                        input_ids=torch.tensor([[*version.prefix, *words]]), pixel_values=pixels[row : row + 1]
+                        input_ids=torch.tensor([[*version.prefix(), *words]]), pixel_values=pixels[row : row + 1]
                     ).logits
-                away = stock[0, len(version.prefix) :] - packed[row, at : at + len(words)]
+                away = stock[0, len(version.prefix()) :] - packed[row, at : at + len(words)]
                 worst = max(worst, away.abs().max().item())
                 compared += 1
         start += slots * length

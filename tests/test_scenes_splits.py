@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,21 @@ from vlmattn.errors import DataError
 from vlmattn.scenes import SceneSet, benchmark
 from vlmattn.scenes.export_data import main as export_data
 from vlmattn.scenes.packing import MONITOR_STREAM, PRETRAINING_STREAM, TRAINING_STREAM, training_batch
-from vlmattn.scenes.questions import EXISTENCE_TASKS
-from vlmattn.scenes.splits import LATER_TASKS, SPLITS, TASKS
+from vlmattn.scenes.questions import EXISTENCE_TASKS, PAIR_TASKS
+from vlmattn.scenes.splits import ALL_TASKS, SPLITS, TASKS
 from vlmattn.scenes.versions import VERSIONS
 from vlmattn.scenes.world import PARTNER, WORLDS, type_index
 
 PUBLISHED_20 = {
-    "1": (TASKS, "bea79712f19ee997d79f52e4403298ee8d7e20288d0991825ed2c0a9d6f83c74"),
-    "2": (LATER_TASKS, "5a1ce15e90b1b2138787411fd2d3ef27ed13608654192bc0bb6a1f7cc50ca263"),
+    "2": "5a1ce15e90b1b2138787411fd2d3ef27ed13608654192bc0bb6a1f7cc50ca263",
+    "qwen": "2f9e3f7478b179772eb5d131a50844b33ca65adc91c22d4117d1bdaedfb87cff",
 }
-"""Of benchmark("test", tasks, 20, world=...); a change of one is a new version of the benchmark."""
+"""Of benchmark("test", TASKS, 20, world=...); a change of one is a new version of the benchmark."""
+EVERY_TASK_32 = {
+    "2": "191172bbdd63dcff28dd7bbbbd360faa28b1bcc1b30e571e2396fb7c026f9d17",
+    "qwen": "d277d1e5be0ae41691c01e90bb6328fcdbb9500dbdba902eae4ddc0d361a814f",
+}
+"""Of benchmark("test", ALL_TASKS, 32, world=...): with the pairs in MME's form."""
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +39,17 @@ def scenes() -> SceneSet:
 
 
 def test_content_hash_is_pinned_and_depends_on_split_seed_and_tasks() -> None:
-    for world, (tasks, published) in PUBLISHED_20.items():
-        assert benchmark("test", tasks, 20, world=world).sha256 == published
+    for world, published in PUBLISHED_20.items():
+        assert benchmark("test", TASKS, 20, world=world).sha256 == published
     sets = [benchmark(split, ("loc",), 5, seed, world) for split in SPLITS for seed in (0, 1) for world in WORLDS]
     assert len({scenes.sha256 for scenes in sets}) == len(sets)
+
+
+@pytest.mark.parametrize("world", EVERY_TASK_32)
+def test_the_first_scenes_and_all_their_questions_never_change(world: str) -> None:
+    first = benchmark("test", ALL_TASKS, 32, world=world)
+    assert len(first.names) == 32 and {row["task"] for row in first.rows} == set(ALL_TASKS)
+    assert first.sha256 == EVERY_TASK_32[world]
 
 
 def test_rows_have_popes_fields_and_balance(scenes: SceneSet) -> None:
@@ -72,9 +85,9 @@ def test_existence_labels_are_true_and_adversarial_ones_ask_for_absent_partners(
             assert PARTNER[kind] in present
 
 
-def test_other_tasks_ask_one_question_per_scene_whatever_else_is_asked(scenes: SceneSet) -> None:
-    others = [row for row in scenes.rows if row["task"] not in EXISTENCE_TASKS]
-    assert len({(row["task"], row["image"]) for row in others}) == len(others)
+def test_other_tasks_ask_one_question_per_scene_and_pairs_two_whatever_else_is_asked(scenes: SceneSet) -> None:
+    asked = Counter((row["task"], row["image"]) for row in scenes.rows if row["task"] not in EXISTENCE_TASKS)
+    assert all(count == (2 if task in PAIR_TASKS else 1) for (task, _), count in asked.items())
     alone = benchmark("test", ("loc",), 10)
     same = [row for row in scenes.rows if row["task"] == "loc"][:10]
     for one, other in zip(alone.rows, same, strict=True):
@@ -119,10 +132,10 @@ def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_export_command_asks_every_published_task_of_its_world(tmp_path: Path) -> None:
-    for world, (tasks, _) in PUBLISHED_20.items():
-        export_data(["--out", str(tmp_path / world), "--images", "2", "--world", world])
+    for world, options in (("2", []), *((world, ["--world", world]) for world in WORLDS)):
+        export_data(["--out", str(tmp_path / world), "--images", "2", *options])
         about = json.loads((tmp_path / world / "scenes.json").read_text())
-        assert (about["world"], tuple(about["tasks"])) == (world, tasks)
+        assert (about["world"], tuple(about["tasks"])) == (world, TASKS)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +143,7 @@ def test_export_command_asks_every_published_task_of_its_world(tmp_path: Path) -
     [
         ({"split": "holdout"}, "split='holdout'"),
         ({"tasks": ("exist-rare",)}, "exist-rare"),
-        ({"tasks": ("next",)}, "next"),
+        ({"tasks": ("same",)}, "same"),
         ({"world": "3"}, "world='3'"),
         ({"tasks": ()}, "tasks="),
         ({"tasks": ("loc", "loc")}, "different"),

@@ -15,13 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlmattn.errors import TrainingError
+from vlmattn.scenes import train as training
 from vlmattn.scenes.dense import pretraining_batch, target_classes
 from vlmattn.scenes.export import export, trained_model
 from vlmattn.scenes.measure import FLOORS
 from vlmattn.scenes.measure import main as measure
+from vlmattn.scenes.monitor import Monitor
 from vlmattn.scenes.optim import orthogonalize, warmup_stable_decay
+from vlmattn.scenes.plateaus import Bound, Check, abandoned, plateau, read_curve
+from vlmattn.scenes.recipes import CHECKS, RECIPES
 from vlmattn.scenes.stages import Settings
-from vlmattn.scenes.train import CHECKPOINT, CURVE, WEIGHTS, Running, main, smoke_settings, train
+from vlmattn.scenes.train import CHECKPOINT, CURVE, SETTINGS, WEIGHTS, Running, main, smoke_settings, train
 from vlmattn.scenes.versions import VERSIONS, Version
 
 TINY = Settings(
@@ -36,8 +41,11 @@ TINY = Settings(
 
 
 def run(out: Path, settings: Settings = TINY, **options) -> None:
-    defaults = {"processes": 1, "checkpoint_every": 2, "monitor_scenes": 2}
-    train(settings, Running(out, **(defaults | options)))
+    train(settings, running(out, **options))
+
+
+def running(out: Path, **options) -> Running:
+    return Running(out, **({"processes": 1, "checkpoint_every": 2, "monitor_scenes": 2} | options))
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -65,14 +73,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_of_the_second_version_is_packaged_and_measured(tmp_path: Path) -> None:
-    run(tmp_path, replace(TINY, version="2", model=TINY.model | {"kv_heads": 1, "decoder_layers": 3}))
+def test_a_run_is_packaged_and_measured(tmp_path: Path) -> None:
+    run(tmp_path, replace(TINY, model=TINY.model | {"kv_heads": 1, "decoder_layers": 3}))
     assert {"next", "pair-color", "pair-place", "pair-rel"} < curve(tmp_path)[-1].keys()
     model = trained_model(tmp_path)
     assert model.config.text_config.vocab_size == 144 and model.config.text_config.num_key_value_heads == 1
-    export(tmp_path, tmp_path / "scenes-llava-2")
-    measure(["--model", str(tmp_path / "scenes-llava-2"), "--questions", "2", "--seed", "1", "--card"])
-    measured = json.loads((tmp_path / "scenes-llava-2" / "measured.json").read_text())
+    export(tmp_path, tmp_path / "packaged")
+    measure(["--model", str(tmp_path / "packaged"), "--questions", "2", "--seed", "1", "--card"])
+    measured = json.loads((tmp_path / "packaged" / "measured.json").read_text())
     assert measured["version"] == "2" and measured["deep"]["before_layer"] == 1
     assert {"next", "pair-color", "pair-place", "pair-rel"} < measured["tasks"].keys()
     assert [floor["name"] for floor in measured["floors"]] == list(FLOORS["2"])
@@ -117,6 +125,109 @@ def test_other_settings_and_a_missing_checkpoint_are_refused(undisturbed: Path, 
         run(tmp_path, resume="required")
     with pytest.raises(ValueError, match="batch=2 cannot be split"):
         run(tmp_path, processes=3)
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The loss of the first steps of stage 1, by seed."""
+    found = {}
+    for seed in (11, 12):
+        out = tmp_path_factory.mktemp("loss")
+        run(out, replace(TINY, seed=seed), checkpoint_every=3, stop_after=7)
+        found[seed] = next(e["loss"] for e in curve(out) if (e["stage"], e["step"]) == ("joint", 3))
+    assert found[11] != found[12]
+    return found
+
+
+def only(seed: int, losses: dict[int, float]) -> tuple[Check, ...]:
+    """A check at step 3 of stage 1, where no checkpoint is due, that of both seeds only this one meets."""
+    middle = sum(losses.values()) / 2
+    low = losses[seed] < middle
+    return (Check(3, (Bound("loss", below=middle) if low else Bound("loss", above=middle),), enough=1),)
+
+
+@pytest.mark.parametrize("stop", [None, 2, 7, 8, 11])
+def test_a_run_on_a_plateau_is_started_again_with_the_next_seed(
+    losses: dict[int, float], tmp_path: Path, stop: int | None
+) -> None:
+    checks = only(12, losses)
+    if stop is not None:
+        run(tmp_path, checks=checks, stop_after=stop)
+        assert not (tmp_path / WEIGHTS).exists()
+    run(tmp_path, checks=checks)
+    assert json.loads((tmp_path / SETTINGS).read_text())["seed"] == 12
+    assert list(abandoned(tmp_path)) == [11]
+    last = read_curve(abandoned(tmp_path)[11])[-1]
+    assert (last["stage"], last["step"], last["loss"]) == ("joint", 3, losses[11])
+    run(tmp_path / "alone", replace(TINY, seed=12), checks=checks)
+    assert abandoned(tmp_path / "alone") == {}
+    assert_equal_runs(tmp_path / "alone", tmp_path)
+
+
+def test_processes_agree_on_a_plateau(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="seeds 11 to 11"):
+        run(tmp_path, processes=2, restarts=0, checks=(Check(2, (Bound("loss", below=0.0),), enough=1),))
+    assert [entry["step"] for entry in read_curve(abandoned(tmp_path)[11])][-1] == 2
+
+
+def test_restarts_come_to_an_end_and_never_resuming_forgets_them(tmp_path: Path) -> None:
+    hopeless = (Check(1, (Bound("loss", below=0.0),), enough=1),)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="seeds 11 to 12 sit on plateaus"):
+            run(tmp_path, checks=hopeless, restarts=1)
+        assert list(abandoned(tmp_path)) == [11, 12]
+        assert not (tmp_path / CHECKPOINT).exists() and not (tmp_path / CURVE).exists()
+    run(tmp_path, resume="never", stop_after=2)
+    assert abandoned(tmp_path) == {} and json.loads((tmp_path / SETTINGS).read_text())["seed"] == 11
+    with pytest.raises(ValueError, match="restarts=-1"):
+        run(tmp_path, restarts=-1)
+
+
+def test_another_runs_plateau_is_not_given_up(tmp_path: Path) -> None:
+    """A folder of other settings is refused before anybody looks at its curve."""
+    run(tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        run(tmp_path, replace(TINY, steps=7), checks=(Check(2, (Bound("loss", below=0.0),), enough=1),))
+    assert (tmp_path / CHECKPOINT).exists() and abandoned(tmp_path) == {}
+
+
+def test_checks_by_hand() -> None:
+    first, second = CHECKS["2"]
+    assert [check.step for check in CHECKS["2"]] == [300, 600]
+
+    def failed(check: Check, **measures: float) -> str:
+        line = {"stage": "joint", "step": check.step, "loss": 9.0} | measures
+        return plateau([{"stage": "habit", "step": check.step}, line], CHECKS["2"], "joint")
+
+    assert failed(first, loss=1.2, loc=0.1) == failed(first, loss=1.4, loc=0.6) == ""
+    assert failed(first, loss=1.4, loc=0.4) == "step 300: loss 1.4, loc 0.4"
+    assert failed(second, cell=0.6, color=0.9) == ""
+    assert failed(second, cell=0.6, color=0.8) == "step 600: cell 0.6, color 0.8"
+    assert failed(second, cell=0.5, color=0.9)
+
+
+def test_recipes_speak_of_versions_and_checks_of_what_is_measured() -> None:
+    assert all(settings.version == name for name, settings in RECIPES.items())
+    assert RECIPES.keys() == VERSIONS.keys() >= CHECKS.keys()
+    for name, checks in CHECKS.items():
+        measured = {
+            slot.task for packed in Monitor(None, VERSIONS[name], torch.float32, 8).packed for slot in packed.slots
+        }
+        for check in checks:
+            assert check.step < RECIPES[name].steps
+            assert {bound.measure for bound in check.bounds} <= measured | {"loss"}
+            assert 0 < check.enough <= len(check.bounds)
+
+
+def test_the_command_line_follows_the_recipe_and_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Settings, Running]] = []
+    monkeypatch.setattr(training, "train", lambda settings, running: seen.append((settings, running)))
+    main(["--out", "x", "--version", "2"])
+    main(["--out", "x", "--version", "2", "--seed", "5", "--habit-steps", "0", "--no-checks", "--restarts", "0"])
+    (settings, running), (other, unchecked) = seen
+    assert settings == RECIPES["2"] and running.checks == CHECKS["2"] and running.restarts == 2
+    assert other == replace(settings, seed=5, habit_steps=0)
+    assert unchecked.checks == () and unchecked.restarts == 0
 
 
 def test_trained_weights_load_into_the_stock_model(undisturbed: Path) -> None:
@@ -165,9 +276,10 @@ def test_learning_rate_schedule() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
 def test_dense_targets_mark_plates_and_objects(version: Version) -> None:
-    pixels, targets = pretraining_batch(version, 1, 0, 30)
+    size = version.world.sizes[-1]
+    pixels, targets = pretraining_batch(version, 1, 0, 30, size)
     known = target_classes(version)
-    assert pixels.shape == (30, 96, 96, 3) and targets.shape == (len(known), 30, 144)
+    assert pixels.shape == (30, *size, 3) and targets.shape == (len(known), 30, size[0] * size[1] // 64)
     for (name, count), classes in zip(known.items(), targets, strict=True):
         assert classes.max() == count - 1, name
         assert set(range(count)) <= set(classes.ravel().tolist()) or name.startswith("digit")

@@ -24,7 +24,6 @@ from vlmattn.scenes.world import (
     PARTNER_STRENGTH,
     POPULARITY,
     SHAPE_NAMES,
-    WORLD_1,
     WORLD_2,
     WORLDS,
     Plate,
@@ -38,18 +37,17 @@ from vlmattn.scenes.world import (
 )
 
 FIRST_32 = {
-    "1": "83ecea482d90804c8f3217493e62c9e4dfe80cc603481980989b45e4df5f4e96",
     "2": "b1975048789f41249f660bfa5021ea3ee65cba84e5c13f06933b0133af0d3e1f",
+    "qwen": "91d9defe6c86d472ba82ceb6222496697afcd45dc72f66c7c0419a104301e485",
 }
 """Of the first 32 scenes of each world and their questions; a change of one is a new version of benchmark and
 checkpoints."""
-TASKS_OF = {"1": ("exist-yes", "exist-frequency", *EXISTENCE_TASKS, *OTHER_TASKS)}
-TASKS_OF["2"] = (*TASKS_OF["1"], "next", *PAIR_TASKS)
+TASKS = ("exist-yes", "exist-frequency", *EXISTENCE_TASKS, *OTHER_TASKS, *PAIR_TASKS)
 every_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
 
 def drawn(
-    count: int, partner: float | None = 0.4, world: World = WORLD_1
+    count: int, partner: float | None = 0.4, world: World = WORLD_2
 ) -> Iterator[tuple[Scene, np.ndarray, list[Box]]]:
     for number in range(count):
         rng = random_state(900, number)
@@ -63,7 +61,7 @@ def first_scenes_hash(world: World) -> str:
         rng = random_state(901, number)
         scene = sample_scene(rng, world)
         digest.update(render(rng, scene)[0].tobytes())
-        for task in TASKS_OF[world.name]:
+        for task in TASKS:
             question = ask(rng, scene, task)
             digest.update(json.dumps(question and [question.text, question.answer]).encode())
     return digest.hexdigest()
@@ -77,17 +75,17 @@ def test_scenes_and_questions_never_change(world: World) -> None:
 @every_world
 def test_every_object_lies_where_its_label_says_and_looks_like_it(world: World) -> None:
     """Its centre in its cell, and no part of it farther out than the world allows; colours and shapes are read off the
-    noisy pixels, so a stray error is allowed, and more where objects cover one another."""
+    noisy pixels of objects that may be covered, so some errors are allowed."""
     colors = shapes = opaque = 0
     for scene, pixels, boxes in drawn(150, world=world):
         assert [box.item for box in boxes] == [*scene.objects, *scene.plates]
         for box in boxes:
-            for start, extent, place in (
-                (box.top, box.height, box.item.cell // world.grid),
-                (box.left, box.width, box.item.cell % world.grid),
+            places = ((box.top, box.height), (box.left, box.width))
+            for (start, extent), place, side, whole in zip(
+                places, world.place(box.item.cell), scene.world.cell_size, scene.world.size, strict=True
             ):
-                low, high = place * world.cell_size, (place + 1) * world.cell_size
-                assert low <= start + extent / 2 <= high and 0 <= start <= world.image_size - extent
+                low, high = place * side, (place + 1) * side
+                assert low <= start + extent / 2 <= high and 0 <= start <= whole - extent
                 assert start >= low - world.spill and start + extent <= high + world.spill
             if isinstance(box.item, Plate) or box.item.opacity < 1:
                 continue
@@ -96,8 +94,8 @@ def test_every_object_lies_where_its_label_says_and_looks_like_it(world: World) 
             colors += color_seen(patch, box.item) == box.item.color
             shapes += shape_seen(patch, box.item) == box.item.shape
     assert opaque > 300
-    assert colors / opaque > (0.99 if not world.spill else 0.95)
-    assert shapes / opaque > (0.97 if not world.spill else 0.90)
+    assert colors / opaque > 0.95
+    assert shapes / opaque > 0.90
 
 
 def color_seen(patch: np.ndarray, item: SceneObject) -> str:
@@ -230,7 +228,7 @@ def test_answers_agree_with_the_scene(world: World) -> None:
     seen: dict[str, set[str]] = {}
     for scene, _, _ in drawn(150, world=world):
         rng = random_state(904, len(scene.objects))
-        for task in TASKS_OF[world.name]:
+        for task in TASKS:
             question = ask(rng, scene, task)
             if question is None:
                 continue
@@ -242,14 +240,14 @@ def test_answers_agree_with_the_scene(world: World) -> None:
                 assert sorted(type_index(*phrase) for phrase in phrases) == sorted(scene.types)
             else:
                 assert question.answer == oracle(scene, question.text)
-    assert set(seen) == set(TASKS_OF[world.name])
-    assert all(seen[task] == {"yes", "no"} for task in PAIR_TASKS if task in seen)
+    assert set(seen) == set(TASKS)
+    assert all(seen[task] == {"yes", "no"} for task in PAIR_TASKS)
     assert len(seen["loc"]) == world.cells and len(seen["color"]) == 8 and len(seen["shape"]) == 8
     assert {"nothing", "digits"} < seen["cell"] and "none" in seen["digits"]
 
 
 def test_a_pair_asks_the_same_with_both_answers() -> None:
-    for scene, _, _ in drawn(60, world=WORLD_2):
+    for scene, _, _ in drawn(60):
         for task in PAIR_TASKS:
             pair = ask_pair(random_state(910), scene, task)
             if pair is None:
@@ -263,7 +261,7 @@ def test_objects_cover_one_another_and_clutter_lies_behind() -> None:
         across = min(one.left + one.width, other.left + other.width) - max(one.left, other.left)
         return across > 2 and min(one.top + one.height, other.top + other.height) - max(one.top, other.top) > 2
 
-    scenes = [boxes for _, _, boxes in drawn(100, world=WORLD_2)]
+    scenes = [boxes for _, _, boxes in drawn(100)]
     assert sum(any(overlap(a, b) for a, b in combinations(boxes, 2)) for boxes in scenes) > 10
     plain = replace(WORLD_2, clutter=0)
     differ = 0

@@ -43,6 +43,10 @@ class DataError(VlmattnError, ValueError):
     """A file of questions, answers or images that is missing or malformed."""
 
 
+class TrainingError(VlmattnError, RuntimeError):
+    """A training run of an embedded model that did not become what it should."""
+
+
 class VlmattnWarning(UserWarning):
     """Something that was asked for does nothing here, and why."""
 

@@ -10,12 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .library import load, names, path
+    from .library import load, names, path, version
     from .splits import SceneSet, benchmark
 
-__all__ = ["SceneSet", "benchmark", "load", "names", "path"]
+__all__ = ["SceneSet", "benchmark", "load", "names", "path", "version"]
 
-_HOMES = {"SceneSet": "splits", "benchmark": "splits", "load": "library", "names": "library", "path": "library"}
+_HOMES = {
+    **dict.fromkeys(("SceneSet", "benchmark"), "splits"),
+    **dict.fromkeys(("load", "names", "path", "version"), "library"),
+}
 
 
 def __getattr__(name: str) -> Any:

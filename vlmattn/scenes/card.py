@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .splits import SPLITS
-from .versions import VERSION_1, VERSIONS, Version
+from .text import WORDS
+from .versions import LLAVA, QWEN, VERSIONS, Version
 
 MEASURED_FILE, TRAINING_FILE, CARD_FILE = "measured.json", "training.json", "MODEL_CARD.md"
+CURVE_FILE, ATTENTION_FILE, ACTIVATIONS_FILE = "curve.png", "attention.png", "activations.png"
+ABANDONED = "abandoned"
+"""In training.json: the curves of the seeds that were given up, by seed."""
 
 _HEADER = """---
 license: apache-2.0
@@ -19,15 +23,14 @@ library_name: transformers
 # {name}
 
 A vision-language model of {parameters:,} parameters, trained from scratch on rendered scenes. It exists so that methods
-on visual tokens can be tried and tested without a download: a genuine `LlavaForConditionalGeneration` (CLIP tower with
-class token, {decoder}).
+on visual tokens can be tried and tested without a download: a genuine `{architecture}` ({tower}, {decoder}).
 
-**Results on it are never results on real VLMs.** It knows 64 coloured shapes and ninety words.
+**Results on it are never results on real VLMs.** It knows 64 coloured shapes and {words} words.
 
 - Licence: Apache-2.0, weights and data generator.
 - Weights: `model.safetensors`, bfloat16, sha256 `{sha256}`.
-- Use: `model, processor = vlmattn.scenes.load("{name}")`, or `AutoModelForImageTextToText` and `AutoProcessor` on this
-  folder; no network and no torchvision needed.
+- Use: `model, processor = vlmattn.scenes.load("{name}")`; no network and no torchvision needed.
+  `AutoModelForImageTextToText` and `AutoProcessor` read this folder, too{torchvision}.
 
 ## Data
 
@@ -38,17 +41,21 @@ partners that are not there. Questions: {questions}. Splits ({splits}) and train
 
 ## Training
 
-Seed {seed}. Stage 0: {pretraining_steps} steps of {pretraining_batch} pictures, dense per-patch targets for the vision
-tower. Stage 1: {steps} steps of {batch} pictures with {slots} questions each, next-token loss on the answers.
+Seed {seed}.{start} Stage 0: {pretraining_steps} steps of {pretraining_batch} pictures, dense per-patch targets for the
+vision tower. Stage 1: {steps} steps of {batch} pictures with {slots} questions each, next-token loss on the answers.
 Stage 2: {habit_steps} steps in which partners are often hidden and nobody asks for an absent one, so that the model
 gets into the habit of trusting the pairs; without it, it affirms hardly more absent partners than other absent objects.
-Muon for matrices, AdamW for the rest, fp32 masters, weights and activations in {precision}; bfloat16 for storage.
+{habit}Muon for matrices, AdamW for the rest, fp32 masters, weights and activations in {precision}, bfloat16 for
+storage.
 {minutes:.0f} minutes on two CPU cores that other work shared. One command:
-`python -m vlmattn.scenes.train --version {version} --out DIR`.
+`python -m vlmattn.scenes.train --version {version} --out DIR`. {seeds}
 
-Teacher-forced exact match on 128 scenes of a stream of their own (captions: share of right tokens):
+Teacher-forced exact match on 128 scenes of a stream of their own (captions: share of right tokens); the whole curve is
+in `{training_file}`. After the last step of each stage:
 
 {curve}
+
+![Loss and accuracy of each stage by step]({curve_file})
 
 Versions: {versions}.
 """
@@ -63,14 +70,22 @@ _WEAKNESSES = """## Known weaknesses
 - It understands the wordings of `vlmattn.scenes.questions` and nothing else; other words become `<unk>`. Benchmarks
   that append an instruction to each question must be told not to.
 - One picture per prompt, one turn; it was trained on nothing else.
-- With few visual tokens it says no to nearly everything, so accuracy on negatives alone flatters a method: always judge
-  yes and no together.
-- One training seed, so differences between seeds are unknown. Not measured on this checkpoint: attention sinks.
+- With few visual tokens it says no far too often, so accuracy on negatives alone flatters a method: always judge yes
+  and no together.
+- One training seed, so differences between seeds are unknown.
 """
-_NOT_PRUNED_INSIDE = """- Pruning inside the decoder was not measured on it (existence, localisation and relations are
-  expected to need few visual tokens there, as the question tokens have collected them; digits and cell lookup need them
-  longest).
+_START = " The decoder starts from that of `{source}`."
+_HABIT = """What is shipped lies between the weights before and after stage 2: before + {share} * (after - before){why}.
 """
+_CHOSEN = ", the\nsmallest share with enough hallucination on the split `val` (`vlmattn.scenes.choose`)"
+_TOWERS = {LLAVA: "CLIP tower with class token", QWEN: "Qwen2.5-VL tower with window attention"}
+_MASSIVE, _MASSIVE_RATIO = 100, 1000
+"""What makes an activation massive in arXiv 2402.17762: its size, and its ratio to the median."""
+
+
+_TOLD = ("seed", "version", "pretraining_steps", "pretraining_batch", "steps", "batch", "habit_steps", "precision")
+"""Settings that the header names."""
+_SHARES = ("visual", "visual_last", "first")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -78,18 +93,72 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def by_stage(curve: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a curve by stage, in order."""
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for entry in curve:
+        stages.setdefault(entry["stage"], []).append(entry)
+    return stages
+
+
 def _curve_tables(curve: list[dict[str, Any]]) -> str:
-    """One table per stage."""
-    parts = []
-    for stage in dict.fromkeys(entry["stage"] for entry in curve):
-        entries = [entry for entry in curve if entry["stage"] == stage]
-        measures = [key for key in entries[-1] if key not in ("stage", "step", "seconds", "loss")]
-        rows = [
-            [str(e["step"]), f"{e['seconds']:.0f}", f"{e['loss']:.2f}", *(f"{e.get(m, 0):.2f}" for m in measures)]
-            for e in entries
+    """The last line of each stage, one table per set of measures."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    for stage, entries in by_stage(curve).items():
+        last = entries[-1]
+        measures = tuple(key for key in last if key not in ("stage", "step", "seconds", "loss"))
+        row = [stage, str(last["step"]), f"{last['seconds'] / 60:.0f}", f"{last['loss']:.2f}"]
+        tables.setdefault(tuple(sorted(measures)), [["stage", "step", "minutes", "loss", *sorted(measures)]])
+        tables[tuple(sorted(measures))].append([*row, *(f"{last[name]:.2f}" for name in sorted(measures))])
+    return "\n\n".join(_table(rows[0], rows[1:]) for rows in tables.values())
+
+
+def statistics_tables(statistics: dict[str, Any]) -> str:
+    """Attention and activations in Markdown."""
+    attention = []
+    for layer, shares in enumerate(statistics["attention"]):
+        visual, last, first = (shares[key] for key in _SHARES)
+        cells = (sum(visual) / len(visual), max(visual), sum(last) / len(last), sum(first) / len(first), shares["most"])
+        attention.append([str(layer), *(f"{cell:.2f}" for cell in cells)])
+    kinds = [kind for kind in statistics["activations"][0] if kind != "median"]
+    sizes = [
+        [str(layer), f"{found['median']:.3f}", *(_activation(found[kind]) for kind in kinds)]
+        for layer, found in enumerate(statistics["activations"])
+    ]
+    head = ["layer", "on the image", "its strongest head", "of the last token", "on the first token", "most attended"]
+    return "\n\n".join(
+        [
+            f"Over {statistics['questions']} questions. Share of the attention of the tokens behind the image, mean "
+            "over them and the heads; `most attended` is the share of that on the image that one visual token gets:",
+            _table(head, attention),
+            f"![Attention on visual tokens by layer and head]({ATTENTION_FILE})",
+            "Largest activation at the input of each layer by kind of token: its ratio to the median of all, its "
+            "dimension, and the share of the tokens of that kind that are largest in this dimension:",
+            _table(["layer", "median", *kinds], sizes),
+            f"![Largest activations by layer]({ACTIVATIONS_FILE})",
+            _massive(statistics["activations"], kinds),
         ]
-        parts.append(_table([f"{stage} step", "s", "loss", *measures], rows))
-    return "\n\n".join(parts)
+    )
+
+
+def _activation(found: dict[str, Any]) -> str:
+    """One cell of the table of activations."""
+    return f"{found['ratio']:.2g} (dim {found['dimension']}, {found['agreeing']:.0%})"
+
+
+def _massive(layers: list[dict[str, Any]], kinds: list[str]) -> str:
+    """Which activations are massive, or how far the largest one is from it."""
+    found = [(layer[kind]["ratio"], number, layer[kind]) for number, layer in enumerate(layers) for kind in kinds]
+    massive = [item for item in found if item[0] >= _MASSIVE_RATIO and item[2]["largest"] >= _MASSIVE]
+    ratio, number, largest = max(found, key=lambda item: item[0])
+    where = f"`{largest['token']}`, dimension {largest['dimension']}, input of layer {number}"
+    rule = f"above {_MASSIVE} and {_MASSIVE_RATIO:,} times the median, as in arXiv 2402.17762"
+    if massive:
+        return f"Massive activations ({rule}) occur in {len(massive)} of these cells; the largest: {where}."
+    return (
+        f"No massive activations ({rule}): the largest is {largest['largest']:.1f}, {ratio:.0f} times the median "
+        f"({where})."
+    )
 
 
 def measured_tables(measured: dict[str, Any]) -> str:
@@ -101,15 +170,11 @@ def measured_tables(measured: dict[str, Any]) -> str:
     ]
     keys = ("chair_i", "chair_s", "absent_partner_s", "recall", "n")
     captions = [[split, *(str(values[key]) for key in keys)] for split, values in measured["captions"].items()]
-    deep = measured.get("deep")
     floors = [
         [f["name"], f"{f['value']:.3f}", f"{f['floor']:.2f}", "met" if f["met"] else "**missed**"]
         for f in measured["floors"]
     ]
-    share = measured["pruned"]["keep"]
-    below = []
-    if deep is not None:
-        below = [f"The same share kept before layer {deep['before_layer']}:", _pruned_table(measured, deep)]
+    pruned, deep = measured["pruned"], measured["deep"]
     return "\n\n".join(
         [
             f"`{measured['command']}`: greedy `generate`, fp32, split `test`, exact match.",
@@ -118,11 +183,13 @@ def measured_tables(measured: dict[str, Any]) -> str:
             _table(["category", "accuracy", "F1", "false yes"], pope),
             "Captions; `absent_partner_s` is the share that names the absent partner of a present object:",
             _table(["split", "CHAIR_i", "CHAIR_s", "absent_partner_s", "recall", "n"], captions),
-            f"A random share of {share} of the visual tokens kept in front of the decoder:",
-            _pruned_table(measured, measured["pruned"]),
-            *below,
+            f"A random share of {pruned['keep']} of the visual tokens kept in front of the decoder:",
+            _pruned_table(measured, pruned),
+            f"The same share kept before layer {deep['before_layer']}:",
+            _pruned_table(measured, deep),
             "Floors:",
             _table(["floor", "measured", "at least", ""], floors),
+            statistics_tables(measured["statistics"]),
         ]
     )
 
@@ -143,36 +210,56 @@ def _description(version: Version) -> dict[str, str]:
     heads = f"{sizes.heads} heads of {sizes.hidden // sizes.heads}"
     if sizes.kv_heads < sizes.heads:
         heads += f", {sizes.kv_heads} of them for keys and values"
-    covered = ", which may cover one another," if world.spill else ""
     plates = " or ".join(str(number) for number in range(len(world.plates) + 1))
-    more = ", the cell beside an object, pairs with the answers yes and no" if version is not VERSION_1 else ""
+    token = sizes.patch_size * sizes.merge
+    pictures = " or ".join(f"{width}x{height}" for height, width in world.sizes)
+    words = [word for word in WORDS if not word.startswith("<")]
     return {
-        "decoder": f"Llama decoder of {sizes.decoder_layers} layers and {heads}, {version.visual_tokens} visual tokens "
-        f"of {sizes.patch_size}x{sizes.patch_size} pixels in a {world.image_size}x{world.image_size} image",
-        "scenes": f"{world.grid}x{world.grid} cells of {world.cell_size} pixels, up to {2 * world.max_anchors} objects"
-        f"{covered} of 8 colours x 8 shapes, {plates} plates with {world.digits} digits",
+        "decoder": f"decoder of {sizes.decoder_layers} layers and {heads}, a visual token for {token}x{token} pixels "
+        f"of pictures of {pictures}",
+        "words": str(len(words)),
+        "scenes": f"{world.grid}x{world.grid} cells, up to {2 * world.max_anchors} objects of 8 colours x 8 shapes "
+        f"that may cover one another, {plates} plates with {world.digits} digits",
         "questions": "existence, colour, shape, what is at a place, where is an object, relations, counts, digits, "
-        f"captions{more}",
+        "captions, the cell beside an object, pairs with the answers yes and no",
         "slots": str(sum(slots for slots, _ in version.lessons.slot_groups)),
     }
 
 
+def _seeds(settings: dict[str, Any], abandoned: dict[str, Any]) -> str:
+    """What the card says about seeds that were given up."""
+    if not abandoned:
+        return "No seed was given up."
+    given_up = ", ".join(abandoned)
+    return f"Before seed {settings['seed']}, given up because they sat on a plateau: {given_up}."
+
+
 def write(folder: Path) -> None:
-    """Write MODEL_CARD.md of a packaged model from its training.json and measured.json."""
-    training = json.loads((folder / TRAINING_FILE).read_text())
-    measured = json.loads((folder / MEASURED_FILE).read_text())
-    settings = {"version": VERSION_1.name, **training["settings"]}
+    """Write MODEL_CARD.md of a packaged model from its config.json, training.json and measured.json."""
+    config, training, measured = (
+        json.loads((folder / file).read_text()) for file in ("config.json", TRAINING_FILE, MEASURED_FILE)
+    )
+    settings, share, choice = training["settings"], training["habit_share"], training["choice"]
+    version = VERSIONS[settings["version"]]
+    why = _CHOSEN if choice.get("good_share") and choice["habit_share"] == share else ""
     header = _HEADER.format(
-        **_description(VERSIONS[settings["version"]]),
+        **_description(version),
         name=folder.name,
+        architecture=config["architectures"][0],
+        start=_START.format(source=source) if (source := settings.get("decoder_from")) else "",
+        torchvision=", the latter only with torchvision" if version.family == QWEN else "",
+        tower=_TOWERS[version.family],
         parameters=training["parameters"],
         sha256=training["weights_sha256"],
         splits=", ".join(f"`{split}`" for split in SPLITS),
         minutes=training["curve"][-1]["seconds"] / 60,
+        habit=_HABIT.format(share=share, why=why) if share != 1 else "",
+        seeds=_seeds(settings, training[ABANDONED]),
+        training_file=TRAINING_FILE,
+        curve_file=CURVE_FILE,
         curve=_curve_tables(training["curve"]),
-        versions=", ".join(f"{name} {version}" for name, version in training["versions"].items()),
-        **{k: v for k, v in settings.items() if k not in ("model", "compile", "curriculum", "auxiliary")},
+        versions=", ".join(f"{name} {number}" for name, number in training["versions"].items()),
+        **{key: settings[key] for key in _TOLD},
     )
     results = f"## Measured\n\nAlso in `{MEASURED_FILE}`. One seed of training, freshly drawn scenes.\n\n"
-    weaknesses = _WEAKNESSES if "deep" in measured else _WEAKNESSES + _NOT_PRUNED_INSIDE
-    (folder / CARD_FILE).write_text("\n".join([header, results + measured_tables(measured), "", weaknesses]))
+    (folder / CARD_FILE).write_text("\n".join([header, results + measured_tables(measured), "", _WEAKNESSES]))

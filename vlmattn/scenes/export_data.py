@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .splits import ALL_LATER_TASKS, LATER_TASKS, SPLITS, TASKS, benchmark
-from .world import WORLD_1, WORLDS
+from .splits import ALL_TASKS, SPLITS, TASKS, benchmark
+from .world import WORLD_2, WORLDS
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,13 +19,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=tuple(SPLITS), default="test")
     parser.add_argument("--images", type=int, default=100, help="pictures with at least one question (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="0 is the published set (default)")
-    parser.add_argument("--tasks", nargs="+", choices=ALL_LATER_TASKS, metavar="TASK", help=", ".join(ALL_LATER_TASKS))
     parser.add_argument(
-        "--world", choices=tuple(WORLDS), default=WORLD_1.name, help="version of the scenes (default 1)"
+        "--tasks", nargs="+", choices=ALL_TASKS, metavar="TASK", default=TASKS, help=", ".join(ALL_TASKS)
+    )
+    parser.add_argument(
+        "--world", choices=tuple(WORLDS), default=WORLD_2.name, help="version of the scenes (default %(default)s)"
     )
     options = parser.parse_args(arguments)
-    tasks = options.tasks or (TASKS if options.world == WORLD_1.name else LATER_TASKS)
-    scenes = benchmark(options.split, tasks, options.images, options.seed, options.world)
+    scenes = benchmark(options.split, options.tasks, options.images, options.seed, options.world)
     scenes.save(options.out)
     print(f"{len(scenes.names)} pictures, {len(scenes.rows)} questions, sha256 {scenes.sha256}")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmattn.errors import DataError
+
+from .versions import VERSIONS, Version
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +40,28 @@ def path(name: str) -> Path:
     return CHECKPOINTS / name
 
 
+def version(name: str) -> Version:
+    """The version of a packaged model, as its training record says; a derived one has that of its base.
+
+    Raises:
+        DataError: no packaged model has that name, or as for :func:`recorded_version`.
+    """
+    return recorded_version(path(DERIVED.get(name, name)))
+
+
+def recorded_version(folder: Path) -> Version:
+    """The version of a packaged or exported model, as the training record in its folder says.
+
+    Raises:
+        DataError: the record is missing or names no known version.
+    """
+    record = folder / "training.json"
+    try:
+        return VERSIONS[json.loads(record.read_text())["settings"]["version"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{record}: no training record of a known version ({', '.join(VERSIONS)}): {error}") from error
+
+
 def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[Any, Any]:
     """Load a packaged model and its processor from the package's own files; a derived one is made on the way.
 
@@ -52,7 +77,7 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
         DataError: no packaged model has that name, or it is derived and its recipe does not fit.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     if name in DERIVED:
         from .planted import plant
@@ -61,4 +86,18 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
         return plant(model).to(device=device, dtype=dtype or torch.float32), processor
     folder = path(name)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
-    return model.eval().to(device), AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return model.eval().to(device), load_processor(folder)
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor in the folder of a scenes model, packaged or exported; it needs no torchvision.
+
+    ``AutoProcessor`` reads the same folders, but that of a Qwen model only where torchvision works.
+    """
+    from transformers import AutoProcessor
+
+    from .qwen_processor import PROCESSOR_FILE, ScenesQwenProcessor
+
+    stock = json.loads((folder / PROCESSOR_FILE).read_text())["processor_class"]
+    reader = ScenesQwenProcessor if stock == ScenesQwenProcessor.__base__.__name__ else AutoProcessor
+    return reader.from_pretrained(folder, local_files_only=True)

@@ -1,8 +1,8 @@
 """Measure a scenes model: ``python -m vlmattn.scenes.measure --model scenes-llava --questions 400 --seed 2026``.
 
 Accuracy per task by real batched ``generate``, false yes answers per POPE category, hallucination in captions, and what
-pruning visual tokens at random costs, before the decoder and after a third of its layers. Draw a seed that nobody has
-looked at.
+pruning visual tokens at random costs, before the decoder and after a third of its layers; statistics.py adds where the
+model looks and how large its activations are. Draw a seed that nobody has looked at.
 """
 
 from __future__ import annotations
@@ -12,75 +12,57 @@ import json
 import platform
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Collection
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 import vlmattn
 
-from . import card
-from .library import names, path
+from . import card, figures
+from .library import load_processor, names, path, recorded_version
 from .questions import EXISTENCE_TASKS, PAIR_TASKS
 from .splits import SceneSet, benchmark
-from .text import ASSISTANT_ID, BOS_ID, EOS_ID, USER_ID, encode
-from .versions import VERSION_1, VERSION_2, VERSIONS, Version
+from .statistics import statistics
+from .text import encode
+from .versions import VERSION_2, VERSION_QWEN, Version
 from .world import COLOR_NAMES, PARTNER, SHAPE_NAMES, Scene, type_index
 
 Row = dict[str, Any]
-SHORT_TASKS = ("color", "shape", "cell", "loc", "rel", "count", "digits")
-LATER_SHORT_TASKS = (*SHORT_TASKS, "next", *PAIR_TASKS)
-"""Of the later versions."""
+SHORT_TASKS = ("color", "shape", "cell", "loc", "rel", "count", "digits", "next", *PAIR_TASKS)
 PRUNED_TASKS = ("exist-yes", "exist-random", "color", "cell", "loc", "rel", "digits")
 KEEP = 0.11
 """Share of visual tokens that random pruning keeps: 16 of 144."""
 DEEP_TASKS = ("loc", "cell", "digits")
-FLOORS = {
-    VERSION_1.name: {
-        "existence yes": 0.90,
-        "existence no, random": 0.93,
-        "color": 0.90,
-        "shape": 0.85,
-        "cell": 0.87,
-        "loc": 0.90,
-        "rel": 0.90,
-        "digits": 0.90,
-        "caption recall": 0.75,
-        "caption CHAIR_s": 0.12,
-        "false yes, adversarial minus random": 0.03,
-        "loss of loc by random pruning": 0.10,
-        "loss of cell by random pruning": 0.10,
-        "loss of digits by random pruning": 0.10,
-    },
-    VERSION_2.name: {
-        "existence yes": 0.93,
-        "existence no, random": 0.96,
-        "color": 0.93,
-        "shape": 0.88,
-        "cell": 0.90,
-        "loc": 0.93,
-        "rel": 0.93,
-        "digits": 0.93,
-        "caption recall": 0.80,
-        "caption CHAIR_s": 0.12,
-        "false yes, adversarial minus random": 0.04,
-        "loss of loc by random pruning": 0.10,
-        "loss of cell by random pruning": 0.10,
-        "loss of digits by random pruning": 0.10,
-        "largest loss by random pruning after a third of the layers": 0.05,
-    },
+CAPTION = "caption"
+STATISTICS_TASKS, STATISTICS_PICTURES = ("cell", "loc", "color", "rel", "caption"), 20
+ANSWER_TOKENS = 8
+"""An answer that is no caption is shorter; a model that knows when to stop never comes to it."""
+_FLOORS = {
+    "existence yes": 0.93,
+    "existence no, random": 0.96,
+    "color": 0.93,
+    "shape": 0.88,
+    "cell": 0.90,
+    "loc": 0.93,
+    "rel": 0.93,
+    "digits": 0.93,
+    "caption recall": 0.80,
+    "caption CHAIR_s": 0.12,
+    "false yes, adversarial minus random": 0.04,
+    "loss of loc by random pruning": 0.10,
+    "loss of cell by random pruning": 0.10,
+    "loss of digits by random pruning": 0.10,
+    "largest loss by random pruning after a third of the layers": 0.05,
 }
+FLOORS = {VERSION_2.name: _FLOORS, VERSION_QWEN.name: _FLOORS}
 """What a shipped model of a version must at least reach; the hallucination rows are floors too, for without it there is
 nothing to reduce."""
-
-
-def _batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def chat_prompt(processor: Any, question: str) -> str:
@@ -90,61 +72,39 @@ def chat_prompt(processor: Any, question: str) -> str:
 
 
 def generate_answers(model: Any, processor: Any, scenes: SceneSet, rows: list[Row], batch: int = 50) -> list[str]:
-    """Greedy answers to rows of a set, one string per row, without special tokens."""
-    answers: list[str] = []
-    for part in _batches(rows, batch):
-        prompts = [chat_prompt(processor, row["text"]) for row in part]
-        images = [scenes.image(row["image"]) for row in part]
+    """Greedy answers to rows of a set, one string per row, without special tokens.
+
+    Rows are batched by the length of their prompts, so that hardly anything is padded.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["task"] == CAPTION, len(encode(rows[i]["text"]))))
+    answers = [""] * len(rows)
+    for start in range(0, len(rows), batch):
+        part = order[start : start + batch]
+        prompts = [chat_prompt(processor, rows[i]["text"]) for i in part]
+        images = [scenes.image(rows[i]["image"]) for i in part]
         inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
         inputs = inputs.to(model.device, model.dtype)
+        limit = {} if rows[part[-1]]["task"] == CAPTION else {"max_new_tokens": ANSWER_TOKENS}
         with torch.inference_mode():
-            output = model.generate(**inputs)
-        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            output = model.generate(**inputs, **limit)
+        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, text in zip(part, texts, strict=True):
+            answers[i] = text
     return answers
 
 
-@torch.inference_mode()
-def pruned_correct(
-    model: Any, processor: Any, scenes: SceneSet, rows: list[Row], keep: float, seed: int, batch: int = 50
+def right_answers(
+    model: Any, processor: Any, scenes: SceneSet, rows: list[Row], pruned: str | None = None
 ) -> list[bool]:
-    """Whether the greedy answer is right when a random share ``keep`` of the visual tokens enters the decoder.
-
-    Kept tokens keep their positions. The answer is teacher-forced: it equals the greedy one exactly if every token of
-    it is the most likely one.
-    """
-    core = model.model
-    draw = torch.Generator().manual_seed(seed)
-    right: dict[int, bool] = {}
-    by_length: dict[int, list[Row]] = {}
-    for row in rows:
-        by_length.setdefault(len(_prompt(row)) + len(encode(row["label"])), []).append(row)
-    for part in (part for group in by_length.values() for part in _batches(group, batch)):
-        images = [scenes.image(row["image"]) for row in part]
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.dtype)
-        visual = torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output))
-        words = torch.tensor([[*_prompt(row), *encode(row["label"])] for row in part])
-        opening = words[:, :2]
-        order = torch.rand(len(part), visual.shape[1], generator=draw).argsort(1)
-        kept = order[:, : int(visual.shape[1] * keep + 0.5)].sort(1).values
-        visual = visual.gather(1, kept[..., None].expand(-1, -1, visual.shape[-1]))
-        embed = core.language_model.embed_tokens
-        x = torch.cat((embed(opening), visual, embed(words[:, 2:])), 1)
-        after = torch.arange(words.shape[1] - 2) + 2 + order.shape[1]
-        positions = torch.cat((torch.arange(2).expand(len(part), -1), kept + 2, after.expand(len(part), -1)), 1)
-        length = x.shape[1]
-        mask = torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)
-        mask = mask.expand(len(part), 1, -1, -1)
-        hidden = core.language_model(inputs_embeds=x, position_ids=positions, attention_mask=mask, use_cache=False)[0]
-        guesses = model.lm_head(hidden).argmax(-1)
-        for row, guess in zip(part, guesses.tolist(), strict=True):
-            answer = [*encode(row["label"]), EOS_ID]
-            right[id(row)] = guess[-len(answer) :] == answer
-    return [right[id(row)] for row in rows]
+    """Whether the greedy answer to each row is its label, with all visual tokens or under a spec that prunes some."""
+    with vlmattn.wrap(model, pruned) if pruned else nullcontext():
+        answers = generate_answers(model, processor, scenes, rows)
+    return [answer == row["label"] for answer, row in zip(answers, rows, strict=True)]
 
 
-def _prompt(row: Row) -> list[int]:
-    """Token ids of a row's prompt without the visual tokens."""
-    return [BOS_ID, USER_ID, *encode(row["text"]), ASSISTANT_ID]
+def random_pruning(before_layer: int, seed: int = 0) -> str:
+    """The spec that keeps a random share KEEP of the visual tokens in front of a decoder layer."""
+    return f"random(keep={KEEP}, before_layer={before_layer}, seed={seed})"
 
 
 def mentioned_types(text: str) -> list[int]:
@@ -180,17 +140,27 @@ def _accuracy(right: list[bool]) -> dict[str, float]:
     return {"n": len(right), "accuracy": round(sum(right) / len(right), 4)}
 
 
-def _existence(scenes: SceneSet, count: int) -> dict[str, list[Row]]:
-    """``count`` questions whose answer is yes, and as many no questions of each category."""
-    yes = [row | {"task": "exist-yes"} for row in scenes.rows if row["task"] == EXISTENCE_TASKS[0]]
-    groups = {"exist-yes": [row for row in yes if row["label"] == "yes"][:count]}
-    for task in EXISTENCE_TASKS:
-        groups[task] = [row for row in scenes.rows if row["task"] == task and row["label"] == "no"][:count]
-    return groups
+def _rows(split: str, task: str, count: int, seed: int, version: Version) -> tuple[SceneSet, list[Row]]:
+    """``count`` questions of a task: of existence those whose answer is yes, or the no questions of a category."""
+    world = version.world.name
+    if not task.startswith("exist-"):
+        scenes = benchmark(split, (task,), count, seed, world)
+        return scenes, scenes.rows[:count]
+    category, label = (EXISTENCE_TASKS[0], "yes") if task == "exist-yes" else (task, "no")
+    scenes = benchmark(split, (category,), count, seed, world)
+    return scenes, [row | {"task": task} for row in scenes.rows if row["label"] == label][:count]
 
 
-def measure(model: Any, processor: Any, questions: int, seed: int, version: Version) -> dict[str, Any]:
-    """All measures of a model on the split ``test`` (and captions on ``typical``).
+def measure(
+    model: Any,
+    processor: Any,
+    questions: int,
+    seed: int,
+    version: Version,
+    split: str = "test",
+    only: Collection[str] = (),
+) -> dict[str, Any]:
+    """All measures of a model on a split, for `test` also of captions on `typical`.
 
     Args:
         model: a scenes model in evaluation mode.
@@ -198,46 +168,41 @@ def measure(model: Any, processor: Any, questions: int, seed: int, version: Vers
         questions: questions per task; yes and no of existence count as one task each.
         seed: seed of the split; 0 is the published set, so take another one.
         version: of the model.
+        split: a name in ``vlmattn.scenes.splits.SPLITS``.
+        only: tasks to measure, ``exist-yes`` and ``caption`` among them; none for all.
 
     Returns:
-        A JSON-able dict with ``version``, ``tasks``, ``existence``, ``captions``, ``pruned``, ``deep`` and ``floors``.
+        A JSON-able dict with ``version``, ``split``, ``tasks``, ``existence``, ``captions``, ``pruned``, ``deep`` and
+        ``floors``; without what needs tasks that were left out.
     """
-    short = SHORT_TASKS if version is VERSION_1 else LATER_SHORT_TASKS
-    world = version.world.name
-    existence_set = benchmark("test", EXISTENCE_TASKS, questions, seed, world)
-    sets = {task: benchmark("test", (task,), questions, seed, world) for task in short}
-    groups = _existence(existence_set, questions) | {task: sets[task].rows[:questions] for task in short}
-    before_layer = model.config.text_config.num_hidden_layers // 3
+    wanted = [task for task in ("exist-yes", *EXISTENCE_TASKS, *SHORT_TASKS) if not only or task in only]
+    before_layer = model.config.get_text_config().num_hidden_layers // 3
     tasks, pruned, deep = {}, {}, {}
-    for task, rows in groups.items():
-        scenes = sets.get(task, existence_set)
-        tasks[task] = _accuracy(_right(model, processor, scenes, rows))
-        if task in PRUNED_TASKS:
-            pruned[task] = _accuracy(pruned_correct(model, processor, scenes, rows, KEEP, seed))
-        if task in DEEP_TASKS:
-            with vlmattn.wrap(model, f"random(keep={KEEP}, before_layer={before_layer})"):
-                deep[task] = _accuracy(_right(model, processor, scenes, rows))
+    for task in wanted:
+        scenes, rows = _rows(split, task, questions, seed, version)
+        tasks[task] = _accuracy(right_answers(model, processor, scenes, rows))
+        if task in PRUNED_TASKS and not only:
+            pruned[task] = _accuracy(right_answers(model, processor, scenes, rows, random_pruning(0, seed)))
+        if task in DEEP_TASKS and not only:
+            deep[task] = _accuracy(right_answers(model, processor, scenes, rows, random_pruning(before_layer, seed)))
     captions = {}
-    for split in ("test", "typical"):
-        scenes = benchmark(split, ("caption",), questions, seed, world)
-        texts = generate_answers(model, processor, scenes, scenes.rows)
-        captions[split] = caption_scores(texts, [scenes.scene(row["image"]) for row in scenes.rows])
-    result = {"version": version.name, "tasks": tasks, "existence": _pope(tasks), "captions": captions}
+    for name in dict.fromkeys((split, "typical") if split == "test" else (split,)):
+        if not only or CAPTION in only:
+            scenes = benchmark(name, (CAPTION,), questions, seed, version.world.name)
+            texts = generate_answers(model, processor, scenes, scenes.rows)
+            captions[name] = caption_scores(texts, [scenes.scene(row["image"]) for row in scenes.rows])
+    result = {"version": version.name, "split": split, "tasks": tasks, "existence": _pope(tasks), "captions": captions}
     result |= {"pruned": {"keep": KEEP, **pruned}, "deep": {"keep": KEEP, "before_layer": before_layer, **deep}}
-    return result | {"floors": check_floors(result, FLOORS[version.name])}
-
-
-def _right(model: Any, processor: Any, scenes: SceneSet, rows: list[Row]) -> list[bool]:
-    """Whether the greedy answer to each row is its label."""
-    answers = generate_answers(model, processor, scenes, rows)
-    return [answer == row["label"] for answer, row in zip(answers, rows, strict=True)]
+    return result | {"floors": check_floors(result, FLOORS.get(version.name, {}))}
 
 
 def _pope(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Accuracy, recall and false yes of each category on equally many yes and no questions."""
-    recall = tasks["exist-yes"]["accuracy"]
+    """Accuracy, recall and false yes of each measured category on equally many yes and no questions."""
     table = {}
     for task in EXISTENCE_TASKS:
+        if task not in tasks or "exist-yes" not in tasks:
+            continue
+        recall = tasks["exist-yes"]["accuracy"]
         false_yes = round(1 - tasks[task]["accuracy"], 4)
         precision = recall / max(recall + false_yes, 1e-9)
         table[task.removeprefix("exist-")] = {
@@ -248,25 +213,43 @@ def _pope(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return table
 
 
-def check_floors(result: dict[str, Any], floors: dict[str, float]) -> list[dict[str, Any]]:
-    """Each floor with its measured value and whether it is met."""
-    tasks, pruned, deep = result["tasks"], result["pruned"], result["deep"]
-    values = {task: tasks[task]["accuracy"] for task in SHORT_TASKS}
-    values["existence yes"] = tasks["exist-yes"]["accuracy"]
-    values["existence no, random"] = tasks["exist-random"]["accuracy"]
-    values["caption recall"] = result["captions"]["test"]["recall"]
-    values["caption CHAIR_s"] = result["captions"]["test"]["chair_s"]
-    existence = result["existence"]
-    gap = existence["adversarial"]["false_yes"] - existence["random"]["false_yes"]
-    values["false yes, adversarial minus random"] = gap
+def _floor_values(result: dict[str, Any]) -> dict[str, float]:
+    """What the measured part of a result says about floors, by their names."""
+    accuracy = {task: measured["accuracy"] for task, measured in result["tasks"].items()}
+    values = dict(accuracy)
+    for task, name in (("exist-yes", "existence yes"), ("exist-random", "existence no, random")):
+        if task in accuracy:
+            values[name] = accuracy[task]
+    captions = result["captions"].get(result["split"])
+    if captions:
+        values |= {"caption recall": captions["recall"], "caption CHAIR_s": captions["chair_s"]}
+    if {"exist-random", "exist-adversarial"} <= accuracy.keys():
+        values["false yes, adversarial minus random"] = accuracy["exist-random"] - accuracy["exist-adversarial"]
     for task in DEEP_TASKS:
-        values[f"loss of {task} by random pruning"] = tasks[task]["accuracy"] - pruned[task]["accuracy"]
-    lost = [tasks[task]["accuracy"] - deep[task]["accuracy"] for task in DEEP_TASKS]
-    values["largest loss by random pruning after a third of the layers"] = max(lost)
+        if task in result["pruned"]:
+            loss = accuracy[task] - result["pruned"][task]["accuracy"]
+            values[f"loss of {task} by random pruning"] = loss
+    lost = [accuracy[task] - result["deep"][task]["accuracy"] for task in DEEP_TASKS if task in result["deep"]]
+    if lost:
+        values["largest loss by random pruning after a third of the layers"] = max(lost)
+    return values
+
+
+def check_floors(result: dict[str, Any], floors: dict[str, float]) -> list[dict[str, Any]]:
+    """Each floor that the result speaks of with its measured value and whether it is met."""
+    values = _floor_values(result)
     return [
         {"name": name, "value": round(values[name], 4), "floor": floor, "met": values[name] >= floor - 1e-9}
         for name, floor in floors.items()
+        if name in values
     ]
+
+
+def _statistics(model: Any, processor: Any, seed: int, version: Version) -> dict[str, Any]:
+    """Statistics on one question of each STATISTICS_TASKS about STATISTICS_PICTURES pictures of the split `test`."""
+    scenes = benchmark("test", STATISTICS_TASKS, STATISTICS_PICTURES, seed, version.world.name)
+    prompts = [chat_prompt(processor, row["text"]) for row in scenes.rows]
+    return statistics(model, processor, prompts, [scenes.image(row["image"]) for row in scenes.rows])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -279,17 +262,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=400, help="questions per task (default %(default)s)")
     parser.add_argument("--seed", type=int, required=True, help="seed of the split; take one nobody has looked at")
     parser.add_argument(
-        "--card", action="store_true", help="also write measured.json and MODEL_CARD.md into the folder"
+        "--card", action="store_true", help="also write measured.json, the pictures and MODEL_CARD.md into the folder"
     )
     options = parser.parse_args(arguments)
     folder = path(options.model) if options.model in names() else Path(options.model)
+    version = recorded_version(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    processor = load_processor(folder)
     started = time.monotonic()
-    record = folder / card.TRAINING_FILE
-    settings = json.loads(record.read_text())["settings"] if record.exists() else {}
-    version = VERSIONS[settings.get("version", VERSION_1.name)]
     result = measure(model, processor, options.questions, options.seed, version)
+    result["statistics"] = _statistics(model, processor, options.seed, version)
     command = f"python -m vlmattn.scenes.measure --model {shlex.quote(folder.name)}"
     result["command"] = f"{command} --questions {options.questions} --seed {options.seed}"
     result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -298,6 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{time.monotonic() - started:.0f} s")
     if options.card:
         (folder / card.MEASURED_FILE).write_text(json.dumps(result, indent=1) + "\n")
+        figures.write(folder)
         card.write(folder)
 
 

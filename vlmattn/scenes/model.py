@@ -1,234 +1,129 @@
 """The embedded model, and a packed forward of the same parameters for training.
 
-The model is a genuine ``LlavaForConditionalGeneration``: a CLIP tower with its class token, the stock projector and a
-Llama decoder; versions.py has its sizes. :class:`PackedForward` computes what it computes, for one picture and many
-independent questions at once (packing.py).
+The model is a genuine ``LlavaForConditionalGeneration`` (llava.py) or ``Qwen2_5_VLForConditionalGeneration`` (qwen.py);
+versions.py has their sizes. :class:`PackedForward` computes what they compute, for the visual inputs of one prompt and
+many independent questions at once (packing.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
-from .text import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, USER_ID
-from .versions import Version
+from vlmattn.errors import TrainingError
 
-_MASKED = -1e4
+from . import library, llava, qwen
+from .decoder import SlotGroups, causal_masks, decoder_layer, decoder_weights, rms_norm
+from .versions import LLAVA, QWEN, Version, Visual
+
+_DECODER = "model.language_model."
+"""What the names of the decoder's parameters begin with, in all families."""
+_MOST_VARIANTS = 64
+"""Of a compiled layer: one for each shape, with and without gradients."""
 
 
-def build_model(version: Version, seed: int) -> LlavaForConditionalGeneration:
+class Parts(Protocol):
+    """What differs between families.
+
+    Attributes:
+        decoder: the module with ``embed_tokens``, ``layers`` and ``norm``.
+        place_layers: decoder layers behind which a visual token knows where it is; 0 if it does in the tower.
+    """
+
+    decoder: Any
+    place_layers: int
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the tower says about each visual token, (B, tokens, D)."""
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """Visual tokens as they enter the decoder, (B, tokens, D)."""
+
+    def rotary(self, visuals: tuple[Visual, ...], slot_groups: SlotGroups) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (L, d), of prefix and slots."""
+
+    def pretrained(self, name: str) -> bool:
+        """Whether stage 0 trains a parameter."""
+
+    def rate(self, name: str) -> float:
+        """Factor on a parameter's learning rate behind stage 0; 0 for one that is not used."""
+
+
+_BUILD = {LLAVA: llava.build, QWEN: qwen.build}
+_PARTS: dict[str, Callable[[Any, Version, Callable], Parts]] = {LLAVA: llava.LlavaParts, QWEN: qwen.QwenParts}
+
+
+def build_model(version: Version, seed: int) -> Any:
     """A freshly initialised model in fp32.
-
-    Four heads of 32 with a rotary base of 1e6 leave enough slowly turning pairs to match content across 150 positions;
-    the initialiser of 0.05 is what this depth trains from quickly.
 
     Args:
         version: its architecture and the size of its pictures.
         seed: seed of the initialisation (sets torch's global seed).
     """
-    sizes = version.architecture
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=sizes.hidden,
-        intermediate_size=4 * sizes.hidden,
-        num_hidden_layers=sizes.vision_layers,
-        num_attention_heads=sizes.heads,
-        image_size=version.world.image_size,
-        patch_size=sizes.patch_size,
-        projection_dim=sizes.hidden,
-        hidden_act="quick_gelu",
-    )
-    special = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-    text = LlamaConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.mlp,
-        num_hidden_layers=sizes.decoder_layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        head_dim=sizes.hidden // sizes.heads,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        rms_norm_eps=1e-5,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        **special,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_ID,
-        image_seq_length=version.visual_tokens,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=True,
-        **special,
-    )
-    return LlavaForConditionalGeneration(config)
+    return _BUILD[version.family](version)
+
+
+def load_decoder(model: Any, source: str) -> None:
+    """Start a model from the trained decoder of another one: embeddings, attention, feed-forward layers and norms.
+
+    Biases that the other decoder does not have become zero.
+
+    Args:
+        model: the model; its decoder is changed.
+        source: name of a packaged model, or the folder of an exported model or of a finished training run, or a
+            safetensors file of such a run.
+
+    Raises:
+        TrainingError: there is no such model, or its decoder does not fit.
+    """
+    found = _trained_weights(source)
+    there = {name: weight for name, weight in found.items() if name.startswith(_DECODER)}
+    here = {name: weight for name, weight in model.named_parameters() if name.startswith(_DECODER)}
+    wrong = [name for name in here if not name.endswith("bias") and name not in there]
+    wrong += [name for name, weight in there.items() if name not in here or here[name].shape != weight.shape]
+    if wrong:
+        raise TrainingError(f"decoder_from={source!r} does not fit the decoder: {', '.join(sorted(wrong)[:3])}")
+    with torch.no_grad():
+        for name, weight in here.items():
+            weight.copy_(there.get(name, torch.zeros(())))
+
+
+def _trained_weights(source: str) -> dict[str, Tensor]:
+    """Parameters by name of what :func:`load_decoder` calls a source."""
+    place = library.path(source) if source in library.names() else Path(source)
+    if (place / "config.json").exists():
+        other = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32, local_files_only=True)
+        return dict(other.named_parameters())
+    file = place / "model.safetensors" if place.is_dir() else place
+    if not file.exists():
+        raise TrainingError(
+            f"decoder_from={source!r}: there is no {file}; expected a finished run, an exported model or one of "
+            f"{', '.join(library.names()) or 'no packaged models'}"
+        )
+    return load_file(file)
 
 
 def normalized_pixels(images: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in -1..1; computed as the exported image processor does."""
-    return (images.permute(0, 3, 1, 2).to(torch.float32) * (1 / 255) - 0.5) / 0.5
+    """uint8 (..., H, W, 3) to float32 (..., 3, H, W) in -1..1; computed as the exported image processor does."""
+    return (images.movedim(-1, -3).to(torch.float32) * (1 / 255) - 0.5) / 0.5
 
 
-def vision_modules(model: LlavaForConditionalGeneration) -> Any:
-    """The module of the CLIP tower that holds ``embeddings``, ``pre_layrnorm`` and ``encoder``."""
-    tower = model.model.vision_tower
-    return getattr(tower, "vision_model", tower)
+class Layout(NamedTuple):
+    """Constants of packed sequences of one shape: prefix length, cosines and sines (L, d), additive masks."""
 
-
-class VisionWeights(NamedTuple):
-    """Parameters of one CLIP layer."""
-
-    norm1: tuple[Tensor, Tensor]
-    query: tuple[Tensor, Tensor]
-    key: tuple[Tensor, Tensor]
-    value: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
-    norm2: tuple[Tensor, Tensor]
-    up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
-
-
-class DecoderWeights(NamedTuple):
-    """Parameters of one Llama layer."""
-
-    norm1: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    out: Tensor
-    norm2: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, L, D) to (B, H, L, D/H)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def vision_layer(x: Tensor, w: VisionWeights, heads: int) -> Tensor:
-    """One CLIP encoder layer, (B, L, D) to (B, L, D).
-
-    Plain softmax attention: on CPUs the backward of the fused kernel is slower at this size.
-    """
-    width = x.shape[-1:]
-    h = F.layer_norm(x, width, *w.norm1, eps=1e-5)
-    query = _split_heads(F.linear(h, *w.query), heads) * (x.shape[-1] // heads) ** -0.5
-    attention = torch.softmax(query @ _split_heads(F.linear(h, *w.key), heads).transpose(-1, -2), -1)
-    mixed = attention @ _split_heads(F.linear(h, *w.value), heads)
-    x = x + F.linear(mixed.transpose(1, 2).flatten(2), *w.out)
-    h = F.linear(F.layer_norm(x, width, *w.norm2, eps=1e-5), *w.up)
-    return x + F.linear(h * torch.sigmoid(1.702 * h), *w.down)
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Llama's RMS norm with eps 1e-5, computed in fp32."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
-
-
-SlotGroups = tuple[tuple[int, int], ...]
-
-
-def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, masks: tuple[Tensor, ...], slot_groups: SlotGroups
-) -> Tensor:
-    """Causal attention of a prefix and of slots that see the prefix and themselves only.
-
-    Args:
-        query: (B, H, L, d), scaled.
-        key: (B, H, L, d).
-        value: (B, H, L, d).
-        masks: additive causal masks, (P, P) of the prefix and (l, l) of each slot group.
-        slot_groups: (slots, tokens per slot) of each group.
-
-    Returns:
-        (B, H, L, d).
-    """
-    prefix = masks[0].shape[0]
-    near_key, near_value = key[:, :, :prefix], value[:, :, :prefix]
-    scores = query[:, :, :prefix] @ near_key.transpose(-1, -2) + masks[0]
-    out = [torch.softmax(scores, -1) @ near_value]
-    start = prefix
-    for (slots, length), mask in zip(slot_groups, masks[1:], strict=True):
-        part = slice(start, start + slots * length)
-        start += slots * length
-        q, k, v = (x[:, :, part].unflatten(2, (slots, length)) for x in (query, key, value))
-        own = (q @ k.transpose(-1, -2) + mask).flatten(2, 3)
-        shared = query[:, :, part] @ near_key.transpose(-1, -2)
-        weights = torch.softmax(torch.cat((shared, own), -1), -1)
-        mixed = (weights[..., prefix:].unflatten(2, (slots, length)) @ v).flatten(2, 3)
-        out.append(weights[..., :prefix] @ near_value + mixed)
-    return torch.cat(out, 2)
-
-
-def decoder_layer(
-    x: Tensor,
-    w: DecoderWeights,
-    cos: Tensor,
-    sin: Tensor,
-    masks: tuple[Tensor, ...],
-    slot_groups: SlotGroups,
-    heads: tuple[int, int],
-) -> Tensor:
-    """One Llama layer over a packed sequence, (B, L, D) to (B, L, D), with ``heads`` of queries and of keys."""
-    h = rms_norm(x, w.norm1)
-    many, few = heads
-    query = _rotate(_split_heads(F.linear(h, w.query), many), cos, sin) * (x.shape[-1] // many) ** -0.5
-    key = _rotate(_split_heads(F.linear(h, w.key), few), cos, sin).repeat_interleave(many // few, 1)
-    value = _split_heads(F.linear(h, w.value), few).repeat_interleave(many // few, 1)
-    mixed = packed_attention(query, key, value, masks, slot_groups)
-    x = x + F.linear(mixed.transpose(1, 2).flatten(2), w.out)
-    h = rms_norm(x, w.norm2)
-    return x + F.linear(F.silu(F.linear(h, w.gate)) * F.linear(h, w.up), w.down)
-
-
-def _affine(module: Any) -> tuple[Tensor, Tensor]:
-    return module.weight, module.bias
-
-
-def _vision_weights(layer: Any) -> VisionWeights:
-    attention, mlp = layer.self_attn, layer.mlp
-    return VisionWeights(
-        norm1=_affine(layer.layer_norm1),
-        query=_affine(attention.q_proj),
-        key=_affine(attention.k_proj),
-        value=_affine(attention.v_proj),
-        out=_affine(attention.out_proj),
-        norm2=_affine(layer.layer_norm2),
-        up=_affine(mlp.fc1),
-        down=_affine(mlp.fc2),
-    )
-
-
-def _decoder_weights(layer: Any) -> DecoderWeights:
-    attention, mlp = layer.self_attn, layer.mlp
-    return DecoderWeights(
-        norm1=layer.input_layernorm.weight,
-        query=attention.q_proj.weight,
-        key=attention.k_proj.weight,
-        value=attention.v_proj.weight,
-        out=attention.o_proj.weight,
-        norm2=layer.post_attention_layernorm.weight,
-        gate=mlp.gate_proj.weight,
-        up=mlp.up_proj.weight,
-        down=mlp.down_proj.weight,
-    )
+    prefix: int
+    cos: Tensor
+    sin: Tensor
+    masks: tuple[Tensor, ...]
 
 
 class PackedForward:
@@ -237,60 +132,98 @@ class PackedForward:
     Args:
         model: the model; its parameters are used, not copied.
         version: of the model; its lessons say where the slots are.
-        compile: compile the two layer functions (pays off after about a hundred steps).
+        compile: compile the layer functions (pays off after about a hundred steps).
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, version: Version, compile: bool = False) -> None:
+    def __init__(self, model: Any, version: Version, compile: bool = False) -> None:
         self.model, self.version = model, version
-        self.decoder = model.model.language_model
-        self.tower = vision_modules(model)
+        wrap: Callable = _compiled if compile else lambda function: function
+        self.parts = _PARTS[version.family](model, version, wrap)
+        self._decoder_layer = wrap(decoder_layer)
         text = model.config.text_config
         self.heads = (text.num_attention_heads, text.num_key_value_heads)
-        self.slot_groups = version.lessons.slot_groups
-        self.vision_heads = model.config.vision_config.num_attention_heads
-        wrap: Callable = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
-        self._vision_layer, self._decoder_layer = wrap(vision_layer), wrap(decoder_layer)
-        self.prefix = prefix = len(version.prefix)
-        positions = list(range(prefix))
-        for slots, length in self.slot_groups:
-            positions += list(range(prefix, prefix + length)) * slots
-        cos, sin = self.decoder.rotary_emb(torch.zeros(1), position_ids=torch.tensor([positions]))
-        self.cos, self.sin = cos[0], sin[0]
-        sizes = (prefix, *(length for _, length in self.slot_groups))
-        self.masks = tuple(torch.full((n, n), _MASKED).triu(1) for n in sizes)
+        self.layout = cache(self._layout)
 
-    def vision(self, pixels: Tensor) -> Tensor:
-        """Patch features in front of the projector, (B, 3, H, W) to (B, patches, D); the class token is dropped."""
-        embeddings = self.tower.embeddings
-        side, patch = self.version.patches_per_side, self.version.architecture.patch_size
-        patches = pixels.reshape(-1, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        x = F.linear(patches, embeddings.patch_embedding.weight.flatten(1))
-        x = torch.cat((embeddings.class_embedding.expand(len(x), 1, -1), x), 1) + embeddings.position_embedding.weight
-        x = self.tower.pre_layrnorm(x)
-        for layer in self.tower.encoder.layers:
-            x = self._vision_layer(x, _vision_weights(layer), self.vision_heads)
-        return x[:, 1:]
+    def _layout(self, visuals: tuple[Visual, ...], slot_groups: SlotGroups, dtype: torch.dtype) -> Layout:
+        prefix = len(self.version.prefix(*visuals))
+        cos, sin = (x.to(dtype) for x in self.parts.rotary(visuals, slot_groups))
+        masks = causal_masks([prefix, *(length for _, length in slot_groups)])
+        return Layout(prefix, cos, sin, tuple(mask.to(dtype) for mask in masks))
 
-    def __call__(self, pixels: Tensor, ids: Tensor, tap: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def dense(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """What dense targets are read from: one vector for each visual token.
+
+        Args:
+            pixels: pictures (B, 3, H, W), normalised, in the model's dtype.
+
+        Returns:
+            (B, tokens, D) for what is there, and (B, tokens, D) for where that is: the tower's features both times, or
+            the second time visual tokens behind the first decoder layers, if only these bring in places. Nothing is
+            backpropagated into the embeddings of words.
+        """
+        features = self.parts.features(pixels)
+        if not self.parts.place_layers:
+            return features, features
+        layout = self.layout((_visual(pixels),), (), pixels.dtype)
+        first, last = (text.detach() for text in self._texts(1, len(pixels)))
+        x = torch.cat((first, self.parts.tokens(features), last), 1)
+        for layer in self.parts.decoder.layers[: self.parts.place_layers]:
+            x = self._layer(x, layer, layout, ())
+        start = first.shape[1]
+        return features, F.rms_norm(x[:, start : start + features.shape[1]], x.shape[-1:])
+
+    def _texts(self, visuals: int, prompts: int) -> list[Tensor]:
+        """Embeddings of the text around so many visual inputs, (prompts, tokens, D) each."""
+        texts = (torch.tensor(text, dtype=torch.long) for text in self.version.texts(visuals))
+        return [self.parts.decoder.embed_tokens(text).expand(prompts, -1, -1) for text in texts]
+
+    def _layer(self, x: Tensor, layer: Any, layout: Layout, slot_groups: SlotGroups) -> Tensor:
+        weights = decoder_weights(layer)
+        return self._decoder_layer(x, weights, layout.cos, layout.sin, layout.masks, slot_groups, self.heads)
+
+    def __call__(
+        self,
+        pixels: Tensor | Sequence[Tensor],
+        ids: Tensor,
+        tap: int | None = None,
+        slot_groups: SlotGroups | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits of packed questions.
 
         Args:
-            pixels: (B, 3, H, W), normalised, in the model's dtype.
+            pixels: one picture (B, 3, H, W), normalised, in the model's dtype; or the visual inputs of a prompt in
+                order: images (B, 3, H, W) and videos (B, frames, 3, H, W).
             ids: (B, packed_length) token ids.
             tap: also return the output of this decoder layer.
+            slot_groups: (slots, tokens per slot) of each group of ``ids``; None for those of the version's lessons.
 
         Returns:
             Logits (B, packed_length, vocabulary), and the tapped hidden states (B, packed_length, D) or None.
         """
-        visual = self.model.model.multi_modal_projector(self.vision(pixels))
-        embed = self.decoder.embed_tokens
-        opening = embed(torch.tensor([BOS_ID, USER_ID])).expand(len(ids), -1, -1)
-        x = torch.cat((opening, visual, embed(ids)), 1)
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
-        masks = tuple(mask.to(x.dtype) for mask in self.masks)
+        inputs = (pixels,) if isinstance(pixels, Tensor) else tuple(pixels)
+        groups = slot_groups or self.version.lessons.slot_groups
+        layout = self.layout(tuple(map(_visual, inputs)), groups, inputs[0].dtype)
+        first, *others = self._texts(len(inputs), len(ids))
+        pieces = [first]
+        for visual, text in zip(inputs, others, strict=True):
+            pieces += [self.parts.tokens(self.parts.features(visual)), text]
+        decoder = self.parts.decoder
+        x = torch.cat((*pieces, decoder.embed_tokens(ids)), 1)
         tapped = None
-        for index, layer in enumerate(self.decoder.layers):
-            x = self._decoder_layer(x, _decoder_weights(layer), cos, sin, masks, self.slot_groups, self.heads)
+        for index, layer in enumerate(decoder.layers):
+            x = self._layer(x, layer, layout, groups)
             if index == tap:
-                tapped = x[:, self.prefix :]
-        return self.model.lm_head(rms_norm(x[:, self.prefix :], self.decoder.norm.weight)), tapped
+                tapped = x[:, layout.prefix :]
+        return self.model.lm_head(rms_norm(x[:, layout.prefix :], decoder.norm.weight)), tapped
+
+
+def _visual(pixels: Tensor) -> Visual:
+    """What kind of input images (B, 3, H, W) or videos (B, frames, 3, H, W) are."""
+    *_, height, width = pixels.shape
+    return Visual(height, width, pixels.shape[1] if pixels.dim() == 5 else 0)
+
+
+def _compiled(function: Callable) -> Callable:
+    """A compiled function that keeps a variant for each shape: one for each size of pictures."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
+    return torch.compile(function, dynamic=False)

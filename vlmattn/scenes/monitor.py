@@ -40,7 +40,8 @@ class Monitor:
         self.packed: list[Packed] = []
         for number in range(scenes):
             rng = random_state(version.world.stream + MONITOR_STREAM, number)
-            scene = sample_scene(rng, version.world, _PARTNER, (2, version.world.max_anchors))
+            world = version.world.sized(version.world.size_at(number // _BATCH))
+            scene = sample_scene(rng, world, _PARTNER, (2, world.max_anchors))
             self.images.append(render(rng, scene)[0])
             packed = pack(rng, scene, _tasks(scene, version.lessons), version.lessons)
             self.packed.append(packed if len(scene.plates) < 2 else _reading_apart(packed))

@@ -117,20 +117,20 @@ def pack(
             index = turn if task in _PER_OBJECT_TASKS else None
             if hidden and task == "exist-yes" and rng.random_sample() < about_hidden:
                 index = hidden[rng.randint(len(hidden))]
-            if task == "digits" and lessons.digits > 1:
+            if task == "digits":
                 index, plate = plate, plate + 1
             question = ask(rng, scene, task, index)
             if question is None:
                 continue
             if used == capacity:
                 raise ValueError(f"{len(names)} tasks do not fit into {capacity} slots")
-            slots.append(_place(question, start_of_group + used * length, length, ids, weights, cells))
+            slots.append(place(question, start_of_group + used * length, length, ids, weights, cells))
             used += 1
         start_of_group += capacity * length
     return Packed(ids, weights, cells, tuple(slots))
 
 
-def _place(question: Question, at: int, length: int, ids: np.ndarray, weights: np.ndarray, cells: np.ndarray) -> Slot:
+def place(question: Question, at: int, length: int, ids: np.ndarray, weights: np.ndarray, cells: np.ndarray) -> Slot:
     """Write one question with its answer into the slot that begins at ``at``."""
     words, answer = encode(question.text), encode(question.answer)
     tokens = (*words, ASSISTANT_ID, *answer, EOS_ID)
@@ -147,7 +147,13 @@ def _place(question: Question, at: int, length: int, ids: np.ndarray, weights: n
 
 
 def training_batch(
-    version: Version, seed: int, first: int, count: int, anchors: int | None = None, habit: bool = False
+    version: Version,
+    seed: int,
+    first: int,
+    count: int,
+    anchors: int | None = None,
+    habit: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Batch:
     """Training samples number ``first`` to ``first + count - 1`` of the endless stream of a seed.
 
@@ -162,9 +168,10 @@ def training_batch(
         anchors: largest number of anchors (the curriculum); None for the world's.
         habit: samples of the last stage: partners are often hidden, questions with the answer yes are often about
             them, and nobody asks for an absent partner.
+        size: height and width of the pictures; None for the world's (first) size.
     """
     hidden, about_hidden, adversarial = (HIDDEN_SHARE, ABOUT_HIDDEN, 0.0) if habit else (0.0, 0.0, ADVERSARIAL_SHARE)
-    world, lessons = version.world, version.lessons
+    world, lessons = version.world.sized(size or version.world.size), version.lessons
     most = min(anchors or world.max_anchors, world.max_anchors)
     pixels, packed = [], []
     for number in range(first, first + count):

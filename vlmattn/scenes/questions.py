@@ -2,9 +2,9 @@
 
 Tasks: existence (``exist-yes`` and the negatives ``exist-random``, ``exist-popular``, ``exist-adversarial``,
 ``exist-binding``), ``color``, ``shape``, ``cell`` (what is at a place), ``loc`` (where is an object), ``rel``
-(left/right/above/below), ``count``, ``digits`` and ``caption``. World 2 also has ``next`` (what is in the cell beside
-an object) and, as in MME, pairs of a question whose answer is yes and one whose answer is no: ``pair-color``,
-``pair-place`` and ``pair-rel``.
+(left/right/above/below), ``count``, ``digits``, ``caption``, ``next`` (what is in the cell beside an object) and, as in
+MME, pairs of a question whose answer is yes and one whose answer is no: ``pair-color``, ``pair-place`` and
+``pair-rel``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ POPULAR_POOL = 8
 """Popular negatives come from that many most frequent absent types."""
 CAPTION_REQUEST = "Describe the image."
 EXISTENCE_TASKS = ("exist-random", "exist-popular", "exist-adversarial", "exist-binding")
-OTHER_TASKS = ("color", "shape", "cell", "loc", "rel", "count", "digits", "caption")
+OTHER_TASKS = ("color", "shape", "cell", "loc", "rel", "count", "digits", "caption", "next")
 PAIR_TASKS = ("pair-color", "pair-place", "pair-rel")
 _BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 """Rows and columns from an object to the cell beside it."""

@@ -105,16 +105,22 @@ def plate_size(world: World) -> tuple[int, int]:
     return world.digits * (5 * width + 1) + 1, 7 * height + 2
 
 
-def _background(rng: np.random.RandomState, size: int) -> np.ndarray:
-    """A smooth random colour field, (size, size, 3) float64: a coarse random grid, bilinearly enlarged."""
+def _between_knots(count: int, knots: int) -> tuple[np.ndarray, np.ndarray]:
+    """For ``count`` pixels in a row over ``knots`` grid points: the point before each, and the way to the next."""
+    place = np.linspace(0.0, knots - 1.0, count)
+    low = np.minimum(place.astype(int), knots - 2)
+    return low, place - low
+
+
+def _background(rng: np.random.RandomState, size: tuple[int, int]) -> np.ndarray:
+    """A smooth random colour field, (height, width, 3) float64: a coarse random grid, bilinearly enlarged."""
     base = rng.uniform(50, 120, 3)
     knots = int(rng.randint(2, 7))
     coarse = rng.normal(0.0, 1.0, (knots, knots, 3))
     contrast = rng.uniform(5, 22)
-    place = np.linspace(0.0, knots - 1.0, size)
-    low = np.minimum(place.astype(int), knots - 2)
-    part = place - low
+    low, part = _between_knots(size[0], knots)
     rows = coarse[low] * (1 - part)[:, None, None] + coarse[low + 1] * part[:, None, None]
+    low, part = _between_knots(size[1], knots)
     field = rows[:, low] * (1 - part)[None, :, None] + rows[:, low + 1] * part[None, :, None]
     return base + contrast * field
 
@@ -124,16 +130,18 @@ def _draw_clutter(rng: np.random.RandomState, canvas: np.ndarray, most: int) -> 
     for _ in range(int(rng.randint(most + 1))):
         sides = [int(rng.randint(*_BAR_LENGTH)), int(rng.randint(*_BAR_WIDTH))]
         height, width = sides if rng.randint(2) else sides[::-1]
-        top, left = (int(rng.randint(0, len(canvas) - side + 1)) for side in (height, width))
+        top, left = (
+            int(rng.randint(0, whole - side + 1)) for whole, side in zip(canvas.shape, (height, width), strict=False)
+        )
         canvas[top : top + height, left : left + width] = rng.uniform(*_CLUTTER_GREY)
 
 
 def _corner(rng: np.random.RandomState, world: World, cell: int, size: tuple[int, int], spill: int) -> tuple[int, int]:
     """A jittered place for something of a height and a width in a cell: top and left in pixels."""
     corner = []
-    for start, extent in zip(world.place(cell), size, strict=True):
-        jitter = int(rng.randint(-spill, world.cell_size - extent + spill + 1))
-        corner.append(min(max(start * world.cell_size + jitter, 0), world.image_size - extent))
+    for start, extent, side, whole in zip(world.place(cell), size, world.cell_size, world.size, strict=True):
+        jitter = int(rng.randint(-spill, side - extent + spill + 1))
+        corner.append(min(max(start * side + jitter, 0), whole - extent))
     return corner[0], corner[1]
 
 
@@ -172,10 +180,9 @@ def render(rng: np.random.RandomState, scene: Scene) -> tuple[np.ndarray, list[B
         later covers what comes before.
     """
     world = scene.world
-    canvas = _background(rng, world.image_size)
-    if world.clutter:
-        _draw_clutter(rng, canvas, world.clutter)
+    canvas = _background(rng, world.size)
+    _draw_clutter(rng, canvas, world.clutter)
     boxes = [_draw_object(rng, canvas, item, world) for item in scene.objects]
     boxes += [_draw_plate(rng, canvas, plate, world) for plate in scene.plates]
-    canvas += rng.normal(0.0, NOISE, (world.image_size, world.image_size, 1))
+    canvas += rng.normal(0.0, NOISE, (*world.size, 1))
     return np.clip(canvas, 0, 255).astype(np.uint8), boxes

@@ -21,7 +21,7 @@ from vlmattn.errors import DataError
 
 from .questions import EXISTENCE_TASKS, OTHER_TASKS, PAIR_TASKS, ask, ask_pair, existence, negatives
 from .render import Box, render
-from .world import WORLD_1, WORLDS, Scene, World, absent_partners, random_state, sample_scene
+from .world import WORLD_2, WORLDS, Scene, World, absent_partners, random_state, sample_scene
 
 
 class Split(NamedTuple):
@@ -39,16 +39,12 @@ SPLITS = {
 }
 """``test`` is the default; ``typical`` has the partner statistics of training; in ``counterfactual`` no type brings its
 partner. Training draws from streams of its own (packing.py) and is never materialised."""
-TASKS = EXISTENCE_TASKS + OTHER_TASKS
-"""The tasks of the published set of world 1."""
-LATER_TASKS = (*TASKS, "next", *PAIR_TASKS)
-"""The tasks of the published set of a later world; the places in it key the random streams of both."""
+TASKS = EXISTENCE_TASKS + OTHER_TASKS + PAIR_TASKS
+"""The tasks of the published set; the places in it key the random streams."""
 PAIRS_TASK = "pairs"
 """MME's form: one question about an object that is there and one about an object that is not."""
 ALL_TASKS = (*TASKS, PAIRS_TASK)
-"""Every task a benchmark of world 1 can hold."""
-ALL_LATER_TASKS = (*LATER_TASKS, PAIRS_TASK)
-"""Every task a benchmark of a later world can hold."""
+"""Every task a benchmark can hold."""
 MAX_PAIRS = 3
 """POPE asks six questions per image and category: three objects that are there and three that are not."""
 
@@ -118,7 +114,8 @@ class SceneSet:
             place = [item.cell for item in scene.objects].index(self.world.cell_names.index(row["label"]))
             box = boxes[place]
             corners = (box.left, box.top, box.left + box.width, box.top + box.height)
-            return {"box": [corner / self.world.image_size for corner in corners]}
+            height, width = scene.world.size
+            return {"box": [corner / side for corner, side in zip(corners, (width, height) * 2, strict=True)]}
         return {}
 
     @cached_property
@@ -174,7 +171,7 @@ def _existence_rows(scene: Scene, key: tuple[int, int, int], task: str) -> list[
     if not pairs:
         return []
     order = random_state(*key, _POSITIVES_KEY).permutation(len(scene.objects))[:pairs]
-    rng = random_state(*key, LATER_TASKS.index(task))
+    rng = random_state(*key, TASKS.index(task))
     wrong = negatives(rng, scene, task.removeprefix("exist-"), pairs)
     rows = []
     for index, absent in zip(order, wrong, strict=True):
@@ -198,7 +195,7 @@ def _questions(scene: Scene, key: tuple[int, int, int], task: str) -> list[tuple
         return _pair_rows(scene, key)
     if task == "digits" and not scene.plates:
         return []
-    rng = random_state(*key, LATER_TASKS.index(task))
+    rng = random_state(*key, TASKS.index(task))
     if task in PAIR_TASKS:
         return [(question.text, question.answer) for question in ask_pair(rng, scene, task) or ()]
     question = ask(rng, scene, task)
@@ -210,14 +207,14 @@ def benchmark(
     tasks: Sequence[str] = ("exist-random", "exist-popular", "exist-adversarial"),
     images: int = 100,
     seed: int = 0,
-    world: str = WORLD_1.name,
+    world: str = WORLD_2.name,
 ) -> SceneSet:
     """A set of scenes with questions.
 
     Args:
         split: a name in SPLITS.
-        tasks: names in ALL_TASKS, or in ALL_LATER_TASKS for a later world. Existence tasks ask up to three yes and
-            three no per picture, ``pairs`` and ``pair-...`` one yes and one no, the others one question.
+        tasks: names in ALL_TASKS. Existence tasks ask up to three yes and three no per picture, ``pairs`` and
+            ``pair-...`` one yes and one no, the others one question.
         images: how many pictures with at least one question.
         seed: another set of the same split; 0 is the published one.
         world: a name in ``vlmattn.scenes.world.WORLDS``.
@@ -227,13 +224,12 @@ def benchmark(
     """
     if world not in WORLDS:
         raise DataError(f"world={world!r}; expected one of {', '.join(WORLDS)}")
-    known = ALL_TASKS if world == WORLD_1.name else ALL_LATER_TASKS
     if split not in SPLITS:
         hint = "; training scenes are drawn on the fly and never listed" if split == "train" else ""
         raise DataError(f"split={split!r}; expected one of {', '.join(SPLITS)}{hint}")
-    unknown = [task for task in tasks if task not in known]
+    unknown = [task for task in tasks if task not in ALL_TASKS]
     if unknown or not tasks or len(set(tasks)) != len(tasks):
-        raise DataError(f"tasks={tuple(tasks)!r}; expected different ones of {', '.join(known)}")
+        raise DataError(f"tasks={tuple(tasks)!r}; expected different ones of {', '.join(ALL_TASKS)}")
     if images < 1 or seed < 0:
         raise DataError(f"images={images}, seed={seed}; expected at least 1 and at least 0")
     look = WORLDS[world]

@@ -11,17 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration
 
-from .dense import BACKGROUND_COLOR, IGNORE, pretraining_batch, target_classes
+from .dense import BACKGROUND_COLOR, IGNORE, PLACES, pretraining_batch, target_classes
 from .model import PackedForward, normalized_pixels
 from .monitor import Monitor
 from .optim import MuonAdamW, Rates, Trainable, warmup_stable_decay
 from .packing import Batch, training_batch
-from .versions import VERSION_1, VERSIONS, Version
-
-_UNUSED = "post_layernorm"
-"""CLIP's last norm acts on the class token only, which this model drops."""
+from .versions import VERSION_2, VERSIONS, Version
 
 
 @dataclass(frozen=True)
@@ -40,10 +36,11 @@ class Settings:
         auxiliary: weight of the auxiliary place loss until 55 % of the run; linear to zero until 85 %.
         precision: dtype of weights and activations; the masters are fp32 anyway.
         compile: compile the layer functions.
+        decoder_from: packaged model or finished run whose decoder this one starts from; "" for none.
         model: sizes that differ from those of the version, for tests.
     """
 
-    version: str = VERSION_1.name
+    version: str = VERSION_2.name
     seed: int = 11
     pretraining_steps: int = 500
     pretraining_batch: int = 64
@@ -54,6 +51,7 @@ class Settings:
     auxiliary: float = 0.3
     precision: str = "float32"
     compile: bool = True
+    decoder_from: str = ""
     model: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -86,21 +84,21 @@ class Stage(Protocol):
 
 
 class Pretraining:
-    """Stage 0: throw-away linear heads on every patch name its colour, shape, size, digits, row and column."""
+    """Stage 0: throw-away linear heads on every visual token name its colour, shape, size, digits, row and column."""
 
     name = "pretraining"
 
-    def __init__(self, settings: Settings, model: LlavaForConditionalGeneration, forward: PackedForward) -> None:
+    def __init__(self, settings: Settings, model: nn.Module, forward: PackedForward) -> None:
         self.settings, self.forward, self.steps = settings, forward, settings.pretraining_steps
         torch.manual_seed(settings.seed)
-        width = model.config.vision_config.hidden_size
+        parts, width = forward.parts, settings.subject.architecture.hidden
         classes = target_classes(settings.subject)
         self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in classes.items()})
         self.heads.to(settings.dtype)
         trainables = [
             Trainable(name, parameter, parameter.dim() == 2 and "embed" not in name)
             for name, parameter in model.named_parameters()
-            if "vision_tower" in name and _UNUSED not in name
+            if parts.pretrained(name) and parts.rate(name)
         ]
         trainables += [
             Trainable(f"heads.{name}", parameter, False) for name, parameter in self.heads.named_parameters()
@@ -113,16 +111,17 @@ class Pretraining:
         return warmup_stable_decay(step, self.steps, 50, 0.6)
 
     def loss(self, step: int, rank: int, processes: int) -> Tensor:
-        """Sum of the per-patch cross-entropies; shape counts three times, background patches 0.15."""
+        """Sum of the cross-entropies per token; shape counts three times, background tokens 0.15."""
         share = self.settings.pretraining_batch // processes
         first = step * self.settings.pretraining_batch + rank * share
-        batch = pretraining_batch(self.settings.subject, self.settings.seed, first, share)
+        subject = self.settings.subject
+        batch = pretraining_batch(subject, self.settings.seed, first, share, subject.world.size_at(step))
         images, labels = (torch.from_numpy(x) for x in batch)
-        features = self.forward.vision(normalized_pixels(images).to(self.settings.dtype))
+        contents, places = self.forward.dense(normalized_pixels(images).to(self.settings.dtype))
         importance = torch.where(labels[0] == BACKGROUND_COLOR, 0.15, 1.0).flatten()
         total = torch.zeros(())
         for name, target in zip(self.heads, labels.flatten(1), strict=True):
-            logits = self.heads[name](features).float().flatten(0, 1)
+            logits = self.heads[name](places if name in PLACES else contents).float().flatten(0, 1)
             each = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
             known = target != IGNORE
             counted = known
@@ -136,7 +135,7 @@ class Pretraining:
         return total
 
     def measures(self) -> dict[str, Any]:
-        """Accuracy of each head on the last training batch of this process, colour and shape on object patches."""
+        """Accuracy of each head on the last training batch of this process, colour and shape on object tokens."""
         return dict(self._accuracy)
 
 
@@ -149,9 +148,7 @@ class JointTraining:
 
     name = "joint"
 
-    def __init__(
-        self, settings: Settings, model: LlavaForConditionalGeneration, forward: PackedForward, monitor_scenes: int
-    ) -> None:
+    def __init__(self, settings: Settings, model: nn.Module, forward: PackedForward, monitor_scenes: int) -> None:
         self.settings, self.forward, self.steps = settings, forward, settings.steps
         torch.manual_seed(settings.seed)
         subject = settings.subject
@@ -162,10 +159,10 @@ class JointTraining:
                 name,
                 parameter,
                 parameter.dim() == 2 and "embed" not in name and "lm_head" not in name,
-                0.3 if "vision_tower" in name else 1.0,
+                forward.parts.rate(name),
             )
             for name, parameter in model.named_parameters()
-            if not ("vision_tower" in name and _UNUSED in name)
+            if forward.parts.rate(name)
         ]
         trainables += [Trainable(f"head.{name}", parameter, False) for name, parameter in self.head.named_parameters()]
         self.optimizer = MuonAdamW(trainables, Rates())
@@ -196,7 +193,8 @@ class JointTraining:
     def sample(self, step: int, first: int, count: int) -> Batch:
         """Samples number ``first`` on of this stage; the first steps have fewer anchors."""
         anchors = 1 + step // max(1, self.settings.curriculum)
-        return training_batch(self.settings.subject, self.settings.seed, first, count, anchors)
+        subject = self.settings.subject
+        return training_batch(subject, self.settings.seed, first, count, anchors, size=subject.world.size_at(step))
 
     def measures(self) -> dict[str, Any]:
         """Teacher-forced accuracy per task on the monitor scenes."""
@@ -212,9 +210,7 @@ class HabitTraining(JointTraining):
 
     name = "habit"
 
-    def __init__(
-        self, settings: Settings, model: LlavaForConditionalGeneration, forward: PackedForward, monitor_scenes: int
-    ) -> None:
+    def __init__(self, settings: Settings, model: nn.Module, forward: PackedForward, monitor_scenes: int) -> None:
         super().__init__(settings, model, forward, monitor_scenes)
         self.steps = settings.habit_steps
 
@@ -228,5 +224,6 @@ class HabitTraining(JointTraining):
 
     def sample(self, step: int, first: int, count: int) -> Batch:
         """Samples behind those of stage 1, with hidden partners."""
-        behind = self.settings.steps * self.settings.batch
-        return training_batch(self.settings.subject, self.settings.seed, behind + first, count, habit=True)
+        subject, behind = self.settings.subject, self.settings.steps * self.settings.batch
+        size = subject.world.size_at(step)
+        return training_batch(subject, self.settings.seed, behind + first, count, habit=True, size=size)

@@ -1,10 +1,12 @@
 """Train the embedded model: ``python -m vlmattn.scenes.train --out DIR``.
 
-Three stages (stages.py), step based and seeded. A checkpoint is written every ``--checkpoint-every`` steps; a killed
-run started again continues from the last one and ends with the same weights as an undisturbed run, because every batch
-is a function of the seed and the step. ``DIR`` receives ``settings.json``, ``curve.jsonl`` (one JSON object per line),
-``checkpoint.pt`` and at the end ``joint.safetensors`` and ``model.safetensors`` (fp32 master weights before and after
-the last stage), which ``python -m vlmattn.scenes.export`` turns into a packaged model.
+Three stages (stages.py), step based and seeded, by the version's recipe (recipes.py) unless a flag says otherwise. A
+checkpoint is written every ``--checkpoint-every`` steps; a killed run started again continues from the last one and
+ends with the same weights as an undisturbed run, because every batch is a function of the seed and the step. A run that
+sits on a plateau (plateaus.py) is given up and started again with the next seed. ``DIR`` receives ``settings.json``,
+``curve.jsonl`` (one JSON object per line), ``curve-seed<N>.jsonl`` of each seed that was given up, ``checkpoint.pt``
+and at the end ``joint.safetensors`` and ``model.safetensors`` (fp32 master weights before and after the last stage),
+which ``python -m vlmattn.scenes.export`` turns into a packaged model.
 """
 
 from __future__ import annotations
@@ -25,12 +27,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
-from .model import PackedForward, build_model
+from vlmattn.errors import TrainingError
+
+from . import plateaus
+from .model import PackedForward, build_model, load_decoder
+from .plateaus import CHECKPOINT, CURVE, Check
+from .recipes import CHECKS, RECIPES
 from .stages import HabitTraining, JointTraining, Pretraining, Settings, Stage
 from .versions import VERSIONS
 
-CHECKPOINT, CURVE, SETTINGS, WEIGHTS = "checkpoint.pt", "curve.jsonl", "settings.json", "model.safetensors"
+SETTINGS, WEIGHTS = "settings.json", "model.safetensors"
 WEIGHTS_BEFORE_HABIT = "joint.safetensors"
+CHOICE = "choice.json"
+"""What choose.py writes about a finished run."""
 STAGE_NAMES = (Pretraining.name, JointTraining.name, HabitTraining.name)
 HEAD_PREFIXES = ("head.", "heads.")
 _PROGRESS_EVERY = 10
@@ -46,8 +55,11 @@ class Running:
         processes: data-parallel processes of one thread each.
         checkpoint_every: steps between checkpoints and between measurements of the curve.
         monitor_scenes: scenes the curve is measured on.
-        resume: continue from a checkpoint in ``out``: ``automatic`` if there is one, ``required``, or ``never``.
-        stop_after: end early after that many steps of this call, as a kill would; for tests.
+        resume: continue from a checkpoint in ``out``: ``automatic`` if there is one, ``required``, or ``never``, which
+            forgets the seeds that were given up there, too.
+        checks: what the curve must show at certain steps of stage 1; else the next seed is taken.
+        restarts: how many further seeds may be taken.
+        stop_after: end each seed's run early after that many steps of this call, as a kill would; for tests.
     """
 
     out: Path
@@ -55,6 +67,8 @@ class Running:
     checkpoint_every: int = 100
     monitor_scenes: int = 128
     resume: str = "automatic"
+    checks: tuple[Check, ...] = ()
+    restarts: int = 2
     stop_after: int | None = None
 
 
@@ -77,7 +91,7 @@ class Recorder:
                 raise FileNotFoundError(f"--resume required, but {path} does not exist")
         else:
             self.state = torch.load(path, weights_only=True)
-            if self.state["settings"] != asdict(settings):
+            if Settings(**self.state["settings"]) != settings:
                 raise ValueError(f"{path} was written with other settings; use --resume never or another --out")
         if rank == 0:
             self._open()
@@ -96,6 +110,15 @@ class Recorder:
             if (entry["stage"], entry["step"]) == reached:
                 break
         curve.write_text("".join(f"{line}\n" for line in kept))
+
+    def due(self, stage: Stage, step: int) -> bool:
+        """Whether the curve is measured and a checkpoint is written after this many steps."""
+        checked = stage.name == JointTraining.name and step in (check.step for check in self.running.checks)
+        return checked or step % self.running.checkpoint_every == 0 or step == stage.steps
+
+    def plateau(self) -> str:
+        """The first check that the recorded curve fails, in words, or nothing; the same in every process."""
+        return plateaus.plateau(plateaus.read_curve(self.running.out / CURVE), self.running.checks, JointTraining.name)
 
     def seconds(self) -> float:
         """Time spent so far, over all calls."""
@@ -126,13 +149,14 @@ class Recorder:
 
 
 def _drive(stage: Stage, recorder: Recorder, budget: int | None) -> int | None:
-    """Run a stage to its end or until the step budget is used up; returns what is left of the budget."""
+    """Run a stage to its end, to a plateau or until the step budget is used up; returns what is left of the budget."""
     running, state = recorder.running, recorder.state
     step, smooth = 0, None
     if state["stage"] == stage.name:
         stage.optimizer.restore(state["optimizer"])
         step, smooth = state["step"], state["loss"]
-    while step < stage.steps and budget != 0:
+    stuck = recorder.plateau()
+    while step < stage.steps and budget != 0 and not stuck:
         loss = stage.loss(step, recorder.rank, running.processes)
         loss.backward()
         stage.optimizer.step(stage.factor(step))
@@ -141,8 +165,9 @@ def _drive(stage: Stage, recorder: Recorder, budget: int | None) -> int | None:
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss of {stage.name} step {step} is {value}; try another --seed")
         smooth = value if smooth is None else _SMOOTHING * smooth + (1 - _SMOOTHING) * value
-        if step % running.checkpoint_every == 0 or step == stage.steps:
+        if recorder.due(stage, step):
             recorder.record(stage, step, smooth)
+            stuck = recorder.plateau()
         elif step % _PROGRESS_EVERY == 0:
             recorder.say(f"{stage.name} {step}/{stage.steps}  loss {smooth:.3f}  {recorder.seconds():.0f} s")
         budget = None if budget is None else budget - 1
@@ -156,7 +181,12 @@ def _train(rank: int, settings: Settings, running: Running, port: int) -> None:
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=running.processes)
     recorder = Recorder(settings, running, rank)
-    model = build_model(settings.subject, settings.seed).to(settings.dtype)
+    if dist.is_initialized():
+        dist.barrier()
+    model = build_model(settings.subject, settings.seed)
+    if settings.decoder_from:
+        load_decoder(model, settings.decoder_from)
+    model.to(settings.dtype)
     forward = PackedForward(model, settings.subject, settings.compile)
     stages: list[Callable[[], Stage]] = [
         lambda: Pretraining(settings, model, forward),
@@ -171,7 +201,7 @@ def _train(rank: int, settings: Settings, running: Running, port: int) -> None:
             weight.copy_(weights.get(name, weight))
         budget = _drive(stage, recorder, budget)
         weights = {n: w.contiguous() for n, w in stage.optimizer.weights().items() if not n.startswith(HEAD_PREFIXES)}
-        if budget == 0:
+        if budget == 0 or recorder.plateau():
             break
         if rank == 0 and stage.name != Pretraining.name:
             file = running.out / (WEIGHTS if stage.name == HabitTraining.name else WEIGHTS_BEFORE_HABIT)
@@ -184,16 +214,41 @@ def _train(rank: int, settings: Settings, running: Running, port: int) -> None:
 
 
 def train(settings: Settings, running: Running) -> None:
-    """Train, or continue training.
+    """Train, or continue training; a seed whose curve fails a check is followed by the next one.
 
     Raises:
-        ValueError: the batches cannot be split evenly over the processes, or the checkpoint has other settings.
+        ValueError: the batches cannot be split evenly over the processes, ``restarts`` is negative, or the checkpoint
+            has other settings.
         FileNotFoundError: ``resume`` is ``required`` and there is no checkpoint.
         FloatingPointError: the loss is not finite.
+        TrainingError: as many seeds as allowed sit on a plateau.
     """
     for name, batch in (("pretraining_batch", settings.pretraining_batch), ("batch", settings.batch)):
         if batch % running.processes:
             raise ValueError(f"{name}={batch} cannot be split over processes={running.processes}")
+    if running.restarts < 0:
+        raise ValueError(f"restarts={running.restarts}; expected 0 or more, and no checks to finish any run")
+    if running.resume == "never":
+        plateaus.forget(running.out)
+        (running.out / CHOICE).unlink(missing_ok=True)
+    last = settings.seed + running.restarts
+    while (seed := plateaus.next_seed(running.out, settings.seed)) <= last:
+        _launch(replace(settings, seed=seed), running)
+        curve = plateaus.read_curve(running.out / CURVE)
+        reason = plateaus.plateau(curve, running.checks, JointTraining.name)
+        if not reason:
+            return
+        print(f"seed {seed} sits on a plateau and is given up ({reason})", flush=True)
+        plateaus.abandon(running.out, seed)
+        running = replace(running, resume="automatic")
+    raise TrainingError(
+        f"the seeds {settings.seed} to {last} sit on plateaus; their curves are in {running.out}. "
+        "Allow more restarts, or start with another seed"
+    )
+
+
+def _launch(settings: Settings, running: Running) -> None:
+    """Run one seed in as many processes as wanted."""
     if running.processes == 1:
         _train(0, settings, running, 0)
         return
@@ -223,38 +278,40 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m vlmattn.scenes.train",
         description="Train the embedded scenes model from scratch. A killed run started again continues where it was.",
     )
-    defaults = Settings()
     parser.add_argument("--out", type=Path, required=True, help="output folder (settings, curve, checkpoint, weights)")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default %(default)s)")
-    parser.add_argument("--version", choices=tuple(VERSIONS), default=defaults.version, help="of scenes and model")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="initialisation and data (default %(default)s)")
-    parser.add_argument("--pretraining-steps", type=int, default=defaults.pretraining_steps, help="steps of stage 0")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="steps of stage 1 (default %(default)s)")
-    parser.add_argument("--curriculum", type=int, default=defaults.curriculum, help="steps per number of anchors")
-    parser.add_argument("--habit-steps", type=int, default=defaults.habit_steps, help="steps of stage 2")
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16"),
-        default=defaults.precision,
-        help="of weights and activations; bfloat16 pays only on CPUs with AMX or AVX512-BF16 (default %(default)s)",
-    )
+    parser.add_argument("--version", choices=tuple(VERSIONS), default=Settings().version, help="default %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the layers")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (default 100)")
     parser.add_argument("--resume", choices=("automatic", "required", "never"), default="automatic")
+    parser.add_argument("--restarts", type=int, default=2, help="further seeds, if a run sits on a plateau (default 2)")
+    parser.add_argument("--no-checks", action="store_true", help="finish a run that sits on a plateau")
     parser.add_argument("--smoke", action="store_true", help="a one-minute run that shows both losses falling")
-    options = parser.parse_args(arguments)
-    settings = replace(
-        defaults,
-        version=options.version,
-        seed=options.seed,
-        pretraining_steps=options.pretraining_steps,
-        steps=options.steps,
-        habit_steps=options.habit_steps,
-        curriculum=options.curriculum,
-        precision=options.precision,
-        compile=not options.no_compile,
+    own = parser.add_argument_group("instead of what the version's recipe says")
+    own.add_argument("--seed", type=int, help="initialisation and data")
+    own.add_argument("--pretraining-steps", type=int, help="steps of stage 0")
+    own.add_argument("--steps", type=int, help="steps of stage 1")
+    own.add_argument("--curriculum", type=int, help="steps per number of anchors")
+    own.add_argument("--habit-steps", type=int, help="steps of stage 2")
+    own.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="of weights and activations; bfloat16 pays only on CPUs with AMX or AVX512-BF16",
     )
-    running = Running(options.out, options.processes, options.checkpoint_every, resume=options.resume)
+    own.add_argument("--decoder-from", help="packaged model or run whose decoder this one starts from")
+    options = parser.parse_args(arguments)
+    names = ("seed", "pretraining_steps", "steps", "curriculum", "habit_steps", "precision", "decoder_from")
+    asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = replace(RECIPES[options.version], **asked, compile=not options.no_compile)
+    checks = () if options.no_checks else CHECKS.get(options.version, ())
+    running = Running(
+        options.out,
+        options.processes,
+        options.checkpoint_every,
+        resume=options.resume,
+        checks=checks,
+        restarts=options.restarts,
+    )
     if options.smoke:
         settings = smoke_settings(settings)
         running = replace(running, processes=1, checkpoint_every=20, monitor_scenes=16)

@@ -6,36 +6,55 @@ A version is frozen once a checkpoint of it is shipped; a change is a new versio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
-from .text import BOS_ID, IMAGE_ID, USER_ID, VOCABULARY_SIZES
-from .world import WORLD_1, WORLD_2, World
+from .text import BOS_ID, IMAGE_ID, USER_ID, VIDEO_ID, VISION_END_ID, VISION_START_ID
+from .world import WORLD_2, WORLD_QWEN, World
+
+LLAVA, QWEN = "llava", "qwen"
+"""Families of models: a CLIP tower with a class token and a Llama decoder (llava.py), Qwen2.5-VL (qwen.py)."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a LLaVA: a CLIP tower with a class token and a Llama decoder.
+    """Sizes of a model.
 
     Attributes:
         hidden: width of tower and decoder.
-        decoder_layers: number of Llama layers.
-        vision_layers: number of CLIP layers.
+        decoder_layers: number of decoder layers.
+        vision_layers: number of layers of the vision tower.
         heads: attention heads of both.
         kv_heads: key and value heads of the decoder.
         mlp: inner width of the decoder's feed-forward layers.
         patch_size: width and height of a patch in pixels.
-        vocabulary: number of token ids.
+        merge: patches per row and column of a visual token.
         tap: decoder layer whose output the auxiliary place loss reads.
     """
 
     hidden: int = 128
-    decoder_layers: int = 6
+    decoder_layers: int = 12
     vision_layers: int = 4
     heads: int = 4
-    kv_heads: int = 4
-    mlp: int = 384
+    kv_heads: int = 2
+    mlp: int = 256
     patch_size: int = 8
-    vocabulary: int = VOCABULARY_SIZES[0]
-    tap: int = 3
+    merge: int = 1
+    tap: int = 5
+
+
+class Visual(NamedTuple):
+    """A visual input of a prompt: an image, or a video of that many frames.
+
+    Attributes:
+        height: in pixels.
+        width: in pixels.
+        frames: of a video, an even number; 0 for an image.
+    """
+
+    height: int
+    width: int
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,39 +96,48 @@ class Version:
     world: World
     architecture: Architecture
     lessons: Lessons
+    family: str = LLAVA
+
+    def grid(self, visual: Visual) -> tuple[int, int, int]:
+        """Visual tokens of an input along time, rows and columns; two frames of a video share their tokens.
+
+        Raises:
+            ValueError: the input cannot be divided into whole tokens.
+        """
+        side = self.architecture.patch_size * self.architecture.merge
+        if visual.height % side or visual.width % side or visual.frames % 2:
+            raise ValueError(f"{visual} cannot be divided into tokens of {side}x{side} pixels and pairs of frames")
+        return max(1, visual.frames // 2), visual.height // side, visual.width // side
 
     @property
-    def patches_per_side(self) -> int:
-        """Patches in a row and in a column of a picture."""
-        return self.world.image_size // self.architecture.patch_size
+    def picture(self) -> Visual:
+        """The visual input of an ordinary prompt: one picture of the world's (first) size."""
+        return Visual(*self.world.size)
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of a picture; the class token is dropped."""
-        return self.patches_per_side**2
+        """Visual tokens of that picture."""
+        _, rows, columns = self.grid(self.picture)
+        return rows * columns
 
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """Token ids in front of every question."""
-        return (BOS_ID, USER_ID) + (IMAGE_ID,) * self.visual_tokens
+    def texts(self, visuals: int) -> tuple[tuple[int, ...], ...]:
+        """Token ids before, between and behind that many visual inputs, in front of every question."""
+        before, behind = ((VISION_START_ID,), (VISION_END_ID,)) if self.family == QWEN else ((), ())
+        return (BOS_ID, USER_ID, *before), *((*behind, *before),) * (visuals - 1), behind
+
+    def prefix(self, *visuals: Visual) -> tuple[int, ...]:
+        """Token ids in front of every question about some visual inputs; none given: about the ordinary picture."""
+        inputs = visuals or (self.picture,)
+        first, *others = self.texts(len(inputs))
+        counts = [rows * columns * time for time, rows, columns in map(self.grid, inputs)]
+        places = [(VIDEO_ID if v.frames else IMAGE_ID,) * n for v, n in zip(inputs, counts, strict=True)]
+        return first + tuple(chain.from_iterable(a + b for a, b in zip(places, others, strict=True)))
 
 
-VERSION_1 = Version(
-    name="1",
-    world=WORLD_1,
-    architecture=Architecture(),
-    lessons=Lessons(
-        short=("loc",) * 3 + ("cell",) * 5 + ("exist-yes",) * 2 + ("color", "shape"),
-        negatives=2,
-        digits=1,
-        relations=("rel",) * 3,
-        lengths=(12, 16, 30),
-    ),
-)
 VERSION_2 = Version(
     name="2",
     world=WORLD_2,
-    architecture=Architecture(decoder_layers=12, kv_heads=2, mlp=256, vocabulary=VOCABULARY_SIZES[1], tap=5),
+    architecture=Architecture(),
     lessons=Lessons(
         short=("loc",) * 3
         + ("cell",) * 4
@@ -122,4 +150,11 @@ VERSION_2 = Version(
         lengths=(13, 16, 54),
     ),
 )
-VERSIONS = {version.name: version for version in (VERSION_1, VERSION_2)}
+VERSION_QWEN = Version(
+    name="qwen",
+    family=QWEN,
+    world=WORLD_QWEN,
+    architecture=Architecture(patch_size=4, merge=2),
+    lessons=VERSION_2.lessons,
+)
+VERSIONS = {version.name: version for version in (VERSION_2, VERSION_QWEN)}

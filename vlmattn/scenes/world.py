@@ -13,7 +13,7 @@ purpose: numpy guarantees that their streams never change, which the content has
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,7 +48,6 @@ class World:
     Attributes:
         name: of the version.
         stream: offset of the first word of every random key, so that no two worlds draw alike.
-        image_size: width and height of a picture in pixels.
         cell_names: names of the cells in raster order; the grid is square.
         max_anchors: a scene has one to that many anchors; each may bring its partner.
         anchor_draws: the number of anchors is the smallest of that many even draws, so that crowded scenes are rarer.
@@ -58,6 +57,7 @@ class World:
         radii: radii in pixels of small and of large objects.
         spill: pixels by which an object may reach over the border of its cell and cover its neighbour.
         clutter: largest number of grey bars behind the objects.
+        sizes: (height, width) in pixels that a picture can have; the world of a scene has one.
     """
 
     name: str
@@ -68,10 +68,10 @@ class World:
     digits: int
     glyph: tuple[int, int]
     radii: tuple[tuple[int, int], tuple[int, int]]
-    image_size: int = 96
-    anchor_draws: int = 1
-    spill: int = 0
-    clutter: int = 0
+    anchor_draws: int
+    spill: int
+    clutter: int
+    sizes: tuple[tuple[int, int], ...] = ((96, 96),)
 
     @property
     def cells(self) -> int:
@@ -84,26 +84,28 @@ class World:
         return math.isqrt(self.cells)
 
     @property
-    def cell_size(self) -> int:
-        """Width and height of a cell in pixels."""
-        return self.image_size // self.grid
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels: the first of `sizes`, which is the only one in a scene's world."""
+        return self.sizes[0]
+
+    @property
+    def cell_size(self) -> tuple[int, int]:
+        """Height and width of a cell in pixels."""
+        return self.size[0] // self.grid, self.size[1] // self.grid
+
+    def size_at(self, step: int) -> tuple[int, int]:
+        """Height and width of all pictures of a training step: the sizes in turn."""
+        return self.sizes[step % len(self.sizes)]
+
+    def sized(self, size: tuple[int, int]) -> World:
+        """This world with pictures of one height and width only."""
+        return replace(self, sizes=(size,))
 
     def place(self, cell: int) -> tuple[int, int]:
         """Row and column of a cell."""
         return cell // self.grid, cell % self.grid
 
 
-WORLD_1 = World(
-    name="1",
-    stream=0,
-    cell_names=("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast"),
-    max_anchors=3,
-    plates=(0.5,),
-    digits=2,
-    glyph=(2, 2),
-    radii=((7, 8), (11, 12)),
-)
-"""Up to six objects in 3x3 cells, none of them covered, and one plate at most."""
 WORLD_2 = World(
     name="2",
     stream=200,
@@ -121,8 +123,10 @@ WORLD_2 = World(
     spill=4,
     clutter=8,
 )
-"""Up to twelve objects in 4x4 cells that may cover one another, smaller, before clutter, and up to two plates."""
-WORLDS = {world.name: world for world in (WORLD_1, WORLD_2)}
+"""Up to twelve small objects in 4x4 cells that may cover one another, before clutter, and up to two plates."""
+WORLD_QWEN = replace(WORLD_2, name="qwen", stream=400, sizes=((96, 96), (96, 128), (128, 96), (128, 128)))
+"""World 2 in pictures of several sizes, for a model that takes them as they are."""
+WORLDS = {world.name: world for world in (WORLD_2, WORLD_QWEN)}
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def _draw_anchor(rng: np.random.RandomState, taken: list[int]) -> int:
 
 def sample_scene(
     rng: np.random.RandomState,
-    world: World = WORLD_1,
+    world: World = WORLD_2,
     partner: float | None = None,
     anchors: tuple[int, int] | None = None,
     hidden: float = 0.0,
@@ -270,11 +274,13 @@ def sample_scene(
 
     Args:
         rng: the source of randomness; it is advanced.
-        world: what scenes look like.
+        world: what scenes look like; of several picture sizes one is drawn.
         partner: probability that a paired type brings its partner; None for the training value of each pair.
         anchors: smallest and largest number of anchors, inclusive; None for 1 and the world's largest.
         hidden: probability that a partner is there but can hardly be seen at all (the last training stage only).
     """
+    if len(world.sizes) > 1:
+        world = world.sized(world.sizes[int(rng.randint(len(world.sizes)))])
     types: list[int] = []
     fewest, most = anchors or (1, world.max_anchors)
     for _ in range(min(int(rng.randint(fewest, most + 1)) for _ in range(world.anchor_draws))):

@@ -1,0 +1,143 @@
+"""Choose among finished training runs: ``python -m vlmattn.scenes.choose RUN [RUN ...]``.
+
+Everything is measured on the split ``val``, so that ``test`` stays unseen. First each run's share of the last stage is
+chosen: the model to ship is before + share * (after - before), with the smallest share that hallucinates enough, by a
+margin, and still says no to random absent objects. Then the runs are ranked at their shares, by how far they fall short
+of the floors of their version (mean over the floors of min(0, value - floor)), ties by mean accuracy. What was found is
+written into each run's folder, where ``python -m vlmattn.scenes.export`` looks for the share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from vlmattn.errors import DataError
+
+from .export import export, run_settings
+from .library import load_processor
+from .measure import CAPTION, FLOORS, measure
+from .train import CHOICE
+from .versions import Version
+
+SPLIT = "val"
+SHARES = tuple(step / 10 for step in range(11))
+MARGINS = {"false yes, adversarial minus random": 0.02, "caption CHAIR_s": 0.03, "existence no, random": 0.0}
+"""By how much each floor that the share decides must be exceeded: the first two are about hallucinating enough, with
+at least two standard errors at 1,000 questions, the last is about not hallucinating at random."""
+HABIT_TASKS = (("exist-random", "exist-adversarial"), (CAPTION,))
+"""What the floors in MARGINS need; captions take longest and are left out where existence decides already."""
+
+
+def measured(run: Path, share: float, questions: int, seed: int, only: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Measures on the split ``val`` of a run as it would be shipped with a share of its last stage."""
+    with TemporaryDirectory() as folder:
+        export(run, Path(folder), share)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        processor = load_processor(Path(folder))
+        return measure(model, processor, questions, seed, _version(run), SPLIT, only)
+
+
+def _version(run: Path) -> Version:
+    """The version of a run; raises DataError if it has no floors."""
+    version = run_settings(run).subject
+    if version.name not in FLOORS:
+        known = ", ".join(FLOORS)
+        raise DataError(f"{run} is of version {version.name}, which has no floors to choose by; these have: {known}")
+    return version
+
+
+def slack(floors: Iterable[dict[str, Any]], margins: float = 1.0) -> float:
+    """The smallest excess over the floors that the share decides and ``margins`` times their margins."""
+    decided = (floor for floor in floors if floor["name"] in MARGINS)
+    return round(min(floor["value"] - floor["floor"] - margins * MARGINS[floor["name"]] for floor in decided), 4)
+
+
+def habit_share(run: Path, questions: int, seed: int) -> tuple[float, list[dict[str, Any]]]:
+    """The share of the last stage to ship a run with, and what was measured for each share that was looked at.
+
+    Shares are tried in ascending order until one is good; if none is, it is the one that falls the least short of the
+    floors themselves, and of those that meet them the one that comes closest to the margins.
+    """
+    tried: list[dict[str, Any]] = []
+    for share in SHARES:
+        floors: list[dict[str, Any]] = []
+        for tasks in HABIT_TASKS:
+            floors += measured(run, share, questions, seed, tasks)["floors"]
+            if slack(floors, margins=0) < 0:
+                break
+        distances = {"slack": slack(floors), "slack without margins": slack(floors, margins=0)}
+        tried.append({"share": share} | distances | {floor["name"]: floor["value"] for floor in floors})
+        print(f"{run}: " + ", ".join(f"{name} {value}" for name, value in tried[-1].items()), flush=True)
+        if slack(floors) >= 0:
+            return share, tried
+    return max(tried, key=lambda line: (min(0, line["slack without margins"]), line["slack"]))["share"], tried
+
+
+def rating(result: dict[str, Any]) -> tuple[float, float]:
+    """What runs are ranked by, larger is better: the mean shortfall over the floors, then the mean accuracy."""
+    floors, tasks = result["floors"], result["tasks"].values()
+    shortfall = sum(min(0.0, floor["value"] - floor["floor"]) for floor in floors) / len(floors)
+    return round(shortfall, 6), round(sum(task["accuracy"] for task in tasks) / len(tasks), 6)
+
+
+def choose(run: Path, questions: int, seed: int) -> dict[str, Any]:
+    """Measure a run, write ``choice.json`` into its folder and return what it holds.
+
+    Raises:
+        DataError: the run is not finished, or its version has no floors.
+    """
+    share, tried = habit_share(run, questions, seed)
+    result = measured(run, share, questions, seed)
+    shortfall, accuracy = rating(result)
+    found = {
+        "habit_share": share,
+        "good_share": tried[-1]["slack"] >= 0,
+        "split": SPLIT,
+        "questions": questions,
+        "seed": seed,
+        "shortfall": shortfall,
+        "accuracy": accuracy,
+        "floors": result["floors"],
+        "tried": tried,
+    }
+    (run / CHOICE).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def table(choices: dict[Path, dict[str, Any]]) -> str:
+    """The runs side by side with their floors, best first, as text."""
+    lines = []
+    ranked = sorted(choices.items(), key=lambda item: (item[1]["shortfall"], item[1]["accuracy"]), reverse=True)
+    for place, (run, found) in enumerate(ranked, 1):
+        verdict = "the smallest good one" if found["good_share"] else "none is good, this one comes closest"
+        lines.append(f"{place}. {run}: shortfall {found['shortfall']:.4f}, mean accuracy {found['accuracy']:.4f}")
+        lines.append(f"     share of the last stage {found['habit_share']} ({verdict})")
+        for floor in found["floors"]:
+            met = "" if floor["met"] else "  missed"
+            lines.append(f"     {floor['name']:58}  {floor['value']:.3f}  at least {floor['floor']:.2f}{met}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of :func:`choose`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlmattn.scenes.choose",
+        description="Choose each run's share of the last stage, and rank the runs, all on the split val.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished vlmattn.scenes.train")
+    parser.add_argument("--questions", type=int, default=1000, help="questions per task (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split val (default %(default)s)")
+    options = parser.parse_args(arguments)
+    print(table({run: choose(run, options.questions, options.seed) for run in options.runs}))
+
+
+if __name__ == "__main__":
+    main()
