@@ -3,6 +3,7 @@ hooks, with a softmax of our own. Slow and plain on purpose."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,25 +127,30 @@ def generate(model: Any, prompt: Prompt, stages: dict[int, Any], steps: int, fol
 
 
 @torch.no_grad()
-def masked_forward(model: Any, batch: dict[str, Tensor], layer: int, kept: Sequence[Sequence[int]]) -> Tensor:
-    """Logits of an unpruned run in which, from `layer` on, dropped prompt columns are masked (but still see
-    themselves)."""
+def masked_forward(model: Any, batch: dict[str, Tensor], stages: dict[int, Sequence[Sequence[int]]]) -> Tensor:
+    """Logits of an unpruned run in which, from the layer of each stage on, the prompt columns that it does not keep are
+    masked (but still see themselves)."""
     rows, length = batch["input_ids"].shape
-    allowed = torch.zeros(rows, length, dtype=torch.bool)
-    for row, columns in enumerate(kept):
-        allowed[row, list(columns)] = True
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    mask = (causal & allowed[:, None, None, :]) | torch.eye(length, dtype=torch.bool)
-    if model.model.language_model.config._attn_implementation == "eager":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
-    def swap(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, kwargs | {"attention_mask": mask}
+    def mask_of(kept: Sequence[Sequence[int]]) -> Tensor:
+        allowed = torch.zeros(rows, length, dtype=torch.bool)
+        for row, columns in enumerate(kept):
+            allowed[row, list(columns)] = True
+        mask = (causal & allowed[:, None, None, :]) | torch.eye(length, dtype=torch.bool)
+        if model.model.language_model.config._attn_implementation == "eager":
+            return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return mask
+
+    masks = {layer: mask_of(kept) for layer, kept in stages.items()}
+
+    def swap(index: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        ruling = [layer for layer in masks if layer <= index]
+        return args, kwargs | ({"attention_mask": masks[max(ruling)]} if ruling else {})
 
     handles = [
-        module.register_forward_pre_hook(swap, with_kwargs=True)
+        module.register_forward_pre_hook(functools.partial(swap, index), with_kwargs=True)
         for index, module in enumerate(model.model.language_model.layers)
-        if index >= layer
     ]
     try:
         return model(**batch).logits

@@ -193,14 +193,7 @@ def collapse(base: Tally, other: Tally) -> dict[str, str]:
 def _resolved(methods: Iterable[Any], num_layers: int) -> str:
     from vlmattn import spec as language
 
-    return language.text(
-        [
-            dataclasses.replace(method, before_layer=method.resolve_layer(num_layers))
-            if method.kind == "prune"
-            else method
-            for method in methods
-        ]
-    )
+    return language.text([method.resolved(num_layers) if method.kind == "prune" else method for method in methods])
 
 
 def _random(pruner: Any, layer: int, seed: int) -> str:

@@ -1,0 +1,80 @@
+"""The text half of the CLIP model that a vision tower is from, for methods that compare patches with the question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmattn.errors import UnsupportedModelError
+from vlmattn.methods.views import Paired
+
+
+class TextTower:
+    """Questions and patches in the space of one CLIP model. LLaVA checkpoints hold only its vision tower.
+
+    Args:
+        clip: a `CLIPModel`, such as openai/clip-vit-large-patch14-336 for LLaVA-1.5, whose vision tower is the one that
+            the wrapped model has.
+        tokenizer: of that model.
+
+    Raises:
+        UnsupportedModelError: `clip` lacks one of a CLIP model's two towers or their projections.
+    """
+
+    def __init__(self, clip: nn.Module, tokenizer: Any) -> None:
+        parts = ("text_model", "text_projection", "vision_model", "visual_projection")
+        missing = [name for name in parts if not hasattr(clip, name)]
+        if missing:
+            raise UnsupportedModelError(
+                f"{type(clip).__name__} has no {', '.join(missing)}: give the whole CLIPModel of the vision tower"
+            )
+        self.clip: Any = clip
+        self.tokenizer = tokenizer
+
+    def check(self, tower: nn.Module) -> None:
+        """Refuse a vision tower that cannot be this model's.
+
+        Raises:
+            UnsupportedModelError: its weights have other shapes.
+        """
+        own, other = ({n: p.shape for n, p in x.named_parameters()} for x in (self.clip.vision_model, tower))
+        if own != other:
+            raise UnsupportedModelError(
+                f"the text tower is that of another vision tower than this model's {type(tower).__name__}: give the "
+                "CLIPModel that it was taken from"
+            )
+
+    @torch.no_grad()
+    def pair(self, questions: Sequence[str]) -> Paired:
+        """The questions in the common space, cut into segments that the text tower can read."""
+        room = self.clip.config.text_config.max_position_embeddings
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        segments = [self._segments(question, room - 2) for question in questions]
+        flat = [[start, *segment, end] for row in segments for segment in row]
+        ids = torch.tensor([row + [end] * (room - len(row)) for row in flat])
+        real = torch.tensor([[1] * len(row) + [0] * (room - len(row)) for row in flat])
+        weight = self.clip.text_projection.weight
+        states = self.clip.text_model(input_ids=ids.to(weight.device), attention_mask=real.to(weight.device))
+        pooled = self.clip.text_projection(states.pooler_output).split([len(row) for row in segments])
+        last = self.clip.text_projection(states.last_hidden_state[:, -1]).split([len(row) for row in segments])
+        there = [torch.ones(len(row), dtype=torch.bool, device=weight.device) for row in segments]
+        return Paired(
+            text=nn.utils.rnn.pad_sequence(list(pooled), batch_first=True),
+            segments=nn.utils.rnn.pad_sequence(there, batch_first=True),
+            last=torch.stack([row[0] for row in last]),
+            patches=self.patches,
+        )
+
+    def _segments(self, question: str, room: int) -> list[list[int]]:
+        ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
+        return [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
+
+    @torch.no_grad()
+    def patches(self, states: Tensor, normed: bool) -> Tensor:
+        """Vision-tower rows `(..., C)` in the common space `(..., P)`, behind the tower's last norm or without it."""
+        weight = self.clip.visual_projection.weight
+        states = states.to(weight)
+        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(states) if normed else states)
