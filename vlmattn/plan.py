@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from vlmattn.edits import Tags
-from vlmattn.methods.views import Paired
 from vlmattn.spans import Span
 
 
@@ -117,7 +116,7 @@ class Plan:
     layer_keys: dict[int, Tensor] = field(default_factory=dict)
     ranking: dict[str, Tensor] = field(default_factory=dict)
     query_rows: dict[str, Tensor] = field(default_factory=dict)
-    paired: Paired | None = None
+    paired: Any = None
     vision: dict[Any, Tensor] = field(default_factory=dict)
     tags: dict[int, Tags] = field(default_factory=dict)
     gains: dict[int, Tensor] = field(default_factory=dict)
@@ -152,6 +151,7 @@ class Plan:
         """
         for table in (self.scores, self.ranking, self.layer_keys, self.query_rows, self.vision):
             table.clear()
+        self.paired = None
         if self.ahead:
             end, self.ahead = -self.ahead, 0
             self.real, self.visual, self.image = self.real[:, :end], self.visual[:, :end], self.image[:, :end]

@@ -25,6 +25,7 @@ from vlmattn import presets
 from vlmattn.cost import Dims
 from vlmattn.errors import CallError, SpecError, UnsupportedModelError, VlmattnWarning
 from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Selector
+from vlmattn.methods.views import Paired
 from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
 from vlmattn.patches.attention import Registration, is_living
@@ -33,8 +34,8 @@ from vlmattn.patches.families.base import CAPABILITIES, Family
 from vlmattn.patches.passes import Pass, Program, begin_decode, begin_prefill
 from vlmattn.patches.prompt import Seen, read_prompt
 from vlmattn.patches.selection import Turn
+from vlmattn.patches.text_tower import TextTower, read_questions
 from vlmattn.patches.tower import looking
-from vlmattn.patches.text_tower import TextTower
 from vlmattn.patches.vision import VisionStore, shared, tapped
 from vlmattn.plan import Plan
 
@@ -287,34 +288,19 @@ class Engine:
     def _pair(self, ids: Tensor, plan: Plan) -> Paired:
         """The question of every row of `ids`, embedded by the text tower."""
         assert self.text_tower is not None
-        asked: tuple[str, ...] = self._local.__dict__.get("questions") or self._read_questions(ids, plan)
-        if len(ids) % len(asked):
-            raise CallError(f"{len(asked)} questions were given for a batch of {len(ids)} rows: give one for each")
-        different = list(dict.fromkeys(asked))
-        rows = [different.index(question) for question in asked]
-        return self.text_tower.pair(different).rows(torch.tensor(rows).repeat_interleave(len(ids) // len(asked)))
-
-    def _read_questions(self, ids: Tensor, plan: Plan) -> tuple[str, ...]:
-        """The text behind the last image of every row, or all of it where there is none."""
+        asked: tuple[str, ...] = self._local.__dict__.get("questions", ())
         tokenizer = getattr(self.owner.processor, "tokenizer", None)
-        if tokenizer is None:
+        if not asked and tokenizer is None:
             raise CallError(
                 f"{self.program.compares[0]} compares patches with the question: wrap the model with "
                 "processor=processor, so that it can be read, or say it in `with session.question(...)`"
             )
-        end = plan.length - plan.ahead
-        text, visual = (plan.real & ~plan.visual)[:, :end], (plan.visual & plan.real)[:, :end]
-        after = text & (visual.flip(1).cumsum(1) == 0).flip(1)
-        chosen = torch.where(after.any(1, keepdim=True), after, text)
-        return tuple(
-            str(tokenizer.decode(row[flags].tolist(), skip_special_tokens=True)).strip()
-            for row, flags in zip(ids[:, :end], chosen.to(ids.device), strict=True)
-        )
+        return self.text_tower.pair(asked or read_questions(ids, plan, tokenizer), len(ids))
 
     @contextmanager
     def question(self, asked: Sequence[str]) -> Iterator[None]:
         """Inside, `asked` are the questions of this thread's prompts, one for all rows or one a row."""
-        before = self._local.__dict__.get("questions")
+        before = self._local.__dict__.get("questions", ())
         self._local.questions = tuple(asked)
         try:
             yield
@@ -419,6 +405,7 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
         config: of the wrapped model.
         dims: sizes of its decoder.
         family: what is known about it.
+        has: its capabilities.
 
     Raises:
         LayerError: a method does not fit this depth.

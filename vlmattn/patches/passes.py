@@ -74,9 +74,9 @@ class Program:
         return frozenset(need for method in self.methods for need in method.needs)
 
     @property
-    def compares(self) -> list[Selector]:
+    def compares(self) -> list[str]:
         """The methods that compare patches with the question, by the text tower."""
-        return [turn.pruner for turn in self.pruners.values() if "text_tower" in turn.pruner.requires]
+        return [str(turn) for turn in self.pruners.values() if "text_tower" in turn.pruner.requires]
 
     @property
     def looks(self) -> frozenset[Look]:

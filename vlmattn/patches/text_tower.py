@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmattn.errors import UnsupportedModelError
+from vlmattn.errors import CallError, UnsupportedModelError
 from vlmattn.methods.views import Paired
+from vlmattn.plan import Plan
 
 
 class TextTower:
-    """Questions and patches in the space of one CLIP model. LLaVA checkpoints hold only its vision tower.
+    """Questions and patches in the space of one CLIP model; vision-language checkpoints hold only its vision tower.
 
     Args:
-        clip: a `CLIPModel`, such as openai/clip-vit-large-patch14-336 for LLaVA-1.5, whose vision tower is the one that
-            the wrapped model has.
+        clip: the `CLIPModel` whose vision tower the wrapped model has, such as openai/clip-vit-large-patch14-336.
         tokenizer: of that model.
 
     Raises:
@@ -47,9 +47,25 @@ class TextTower:
                 "CLIPModel that it was taken from"
             )
 
+    def pair(self, questions: Sequence[str], rows: int | None = None) -> Paired:
+        """The questions in the common space, cut into segments that the text tower can read.
+
+        Args:
+            questions: each is embedded once.
+            rows: of the batch, of which each question takes equally many in a row (beams); None: one each.
+
+        Raises:
+            CallError: the rows cannot be shared out.
+        """
+        copies, over = divmod(rows or len(questions), len(questions))
+        if over:
+            raise CallError(f"{len(questions)} questions were given for a batch of {rows} rows: give one a sample")
+        different = list(dict.fromkeys(questions))
+        index = torch.tensor([different.index(question) for question in questions])
+        return self._embed(different).rows(index.repeat_interleave(copies))
+
     @torch.no_grad()
-    def pair(self, questions: Sequence[str]) -> Paired:
-        """The questions in the common space, cut into segments that the text tower can read."""
+    def _embed(self, questions: Sequence[str]) -> Paired:
         room = self.clip.config.text_config.max_position_embeddings
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         segments = [self._segments(question, room - 2) for question in questions]
@@ -78,3 +94,13 @@ class TextTower:
         weight = self.clip.visual_projection.weight
         states = states.to(weight)
         return self.clip.visual_projection(self.clip.vision_model.post_layernorm(states) if normed else states)
+
+
+def read_questions(ids: Tensor, plan: Plan, tokenizer: Any) -> list[str]:
+    """The text behind the last image of every row of `ids` `(B, N)`; all its text where nothing is behind."""
+    end = plan.length - plan.ahead
+    text, visual = (plan.real & ~plan.visual)[:, :end], (plan.visual & plan.real)[:, :end]
+    after = text & (visual.flip(1).cumsum(1) == 0).flip(1)
+    chosen = torch.where(after.any(1, keepdim=True), after, text).to(ids.device)
+    rows = zip(ids[:, :end], chosen, strict=True)
+    return [str(tokenizer.decode(row[flags].tolist(), skip_special_tokens=True)).strip() for row, flags in rows]
