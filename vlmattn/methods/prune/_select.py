@@ -183,7 +183,8 @@ def farthest_first(similarity: Tensor, present: Tensor, picks: int) -> Tensor:
     distance = 1.0 - similarity
     alone = torch.eye(width, dtype=torch.bool, device=similarity.device) | ~present[:, None, :]
     nearest = distance.masked_fill(alone, torch.inf).amin(2)
-    order, open_ = [], present.clone()
+    order: list[Tensor] = []
+    open_ = present.clone()
     for _ in range(picks):
         pick = nearest.masked_fill(~open_, -torch.inf).argmax(1, keepdim=True)
         row = distance.gather(1, pick[..., None].expand(-1, -1, width))[:, 0]
@@ -215,7 +216,8 @@ def dpp_greedy(similarity: Tensor, quality: Tensor, present: Tensor, picks: int)
     pools, width = quality.shape
     left = similarity.diagonal(dim1=1, dim2=2) * quality * quality
     basis = similarity.new_zeros(pools, picks, width)
-    order, open_ = [], present.clone()
+    order: list[Tensor] = []
+    open_ = present.clone()
     for step in range(picks):
         gain, pick = left.masked_fill(~open_, -torch.inf).max(1, keepdim=True)
         spent = gain < RANK_END
