@@ -90,13 +90,16 @@ class Run:
 
 
 @torch.no_grad()
-def generate(model: Any, prompt: Prompt, stages: dict[int, Any], steps: int, follow: Sequence[int] = ()) -> Run:
+def generate(
+    model: Any, prompt: Prompt, stages: dict[int, Any], steps: int, follow: Sequence[int] = (), compact: bool = False
+) -> Run:
     """Greedy generation where, before each layer in `stages`, prompt tokens are physically removed.
 
     Args:
         stages: layer -> kept prompt columns (list, prompt frame), or layer -> callable that gets the probabilities
             `(H, n, n)` of the layer before and the columns present, and returns kept columns.
         follow: tokens to append instead of the greedy ones (a second turn).
+        compact: after each stage positions count from 0 without gaps.
     """
     text = model.model.language_model
     run = Run()
@@ -114,6 +117,8 @@ def generate(model: Any, prompt: Prompt, stages: dict[int, Any], steps: int, fol
                 stays = [c for c in present if c >= length or c in set(run.kept[index])]
                 slots = torch.tensor([present.index(c) for c in stays])
                 hidden, cos, sin, present = hidden[slots], cos[slots], sin[slots], stays
+                if compact:
+                    cos, sin = _tables(text, hidden, torch.arange(len(stays))[None])
             hidden, probabilities = layer_forward(layer, hidden, cos, sin)
         logits = model.lm_head(text.norm(hidden[-1]))
         token = follow[step] if step < len(follow) else int(logits.argmax())

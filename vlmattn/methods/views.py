@@ -112,7 +112,7 @@ class View:
         hidden: `(B, V, C)` the visual rows of the layer input, in the model's dtype; None if `layer_input` is not
             needed. Before layer 0 these are the projected features.
         scores: `(B, V)` fp32, or `(B, H, V)` with the heads apart: the attention received that `Selector.attention`
-            asks for; None if it asks for none.
+            asks for, 0 at padding; None if it asks for none.
         layer_keys: `(B, V, Hkv, D)` the keys of layer `layer - 1`, rotated; None if `layer_keys` is not needed.
         text: the rest of the prompt; None if `text_rows` is not needed.
         vision: what `Selector.looks` asks for, `(B, V, ...)` by name; zeros at padding.

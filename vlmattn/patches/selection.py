@@ -227,7 +227,7 @@ def _view(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder, 
         stage=turn.stage,
         num_layers=decoder.num_layers,
         hidden=_rows(hidden, order) if "layer_input" in needs else None,
-        scores=None if scores is None else gather_rows(scores.to(order.device), order, dim=-1),
+        scores=None if scores is None else _at(scores.to(order.device), order, shown),
         layer_keys=None if layer_keys is None else _keys(layer_keys, order),
         text=text,
         vision=_looks(pruner, plan, where, shown),
@@ -255,7 +255,16 @@ def _scores(turn: Turn, layer: int, plan: Plan, columns: Tensor) -> Tensor | Non
         blank = scores.new_zeros(*scores.shape[:-1], plan.length)
         plan.ranking[str(turn)] = blank.scatter(-1, where, scores)
     ranking = plan.ranking.get(str(turn))
-    return None if ranking is None else gather_rows(ranking, columns.to(ranking.device), dim=-1)
+    return None if ranking is None else _at(ranking, columns.to(ranking.device))
+
+
+def _at(scores: Tensor, places: Tensor, there: Tensor | None = None) -> Tensor:
+    """Scores `(B, N)` or `(B, H, N)` of some places `(B, M)`, 0 where there is none."""
+    if scores.ndim == 3:
+        places = places[:, None].expand(-1, scores.shape[1], -1)
+        there = None if there is None else there[:, None]
+    found = scores.gather(-1, places)
+    return found if there is None else found * there
 
 
 def _rows(hidden: Tensor, places: Tensor) -> Tensor:
