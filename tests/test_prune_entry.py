@@ -14,7 +14,7 @@ from vlmattn import spec
 from vlmattn.errors import BudgetError, LayerError, SpecError, VlmattnWarning
 from vlmattn.methods.base import View
 from vlmattn.methods.prune import _select as s
-from vlmattn.methods.prune import visionzip
+from vlmattn.methods.prune import hired, visionzip
 from vlmattn.methods.views import Paired, Text
 from vlmattn.spans import Span
 
@@ -121,6 +121,29 @@ def test_hired_keeps_the_best_of_every_frame():
     mixed = view([2, 6], [4], grids={6: (3, 1, 2)}, vision={"attention": torch.arange(16.0).view(2, 8, 1).flip(1)})
     chosen = method("hired(keep=0.5)").select(mixed)
     assert kept(chosen) == [0, 2, 4, 6] and kept(chosen, 1) == [0, 1]
+
+
+def test_hired_worked_example():
+    """5 crops: half of the budget for the whole image, the rest by what early attention picks in each tile."""
+    for rate, budgets in ((0.2, [120, 60, 72, 36]), (0.1, [60, 30, 36, 18])):
+        total = int(5 * 576 * rate)
+        assert hired.tile_budgets([120, 60, 72, 36], total - total // 2, 576) == budgets
+
+
+@pytest.mark.parametrize(
+    ("counts", "total", "cap", "exact", "budgets"),
+    [
+        ([1, 1, 1], 8, 10, True, [3, 3, 2]),
+        ([1, 1, 1], 8, 10, False, [2, 2, 2]),
+        ([5, 3, 2], 7, 10, True, [4, 2, 1]),  # 3.5, 2.1, 1.4
+        ([98, 1, 1], 100, 50, True, [50, 25, 25]),
+        ([98, 1, 1], 100, 50, False, [50, 1, 1]),
+        ([1, 0], 9, 4, True, [4, 4]),
+        ([0, 0], 3, 4, True, [2, 1]),
+    ],
+)
+def test_hired_budgets_of_tiles(counts, total, cap, exact, budgets):
+    assert hired.tile_budgets(counts, total, cap, exact) == budgets
 
 
 def test_cdpruner_worked_example():

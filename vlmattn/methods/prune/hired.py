@@ -68,24 +68,39 @@ class HiRED(Pruner):
         return Keep.top(self.score(view), group, counts)
 
     def _by_frame(self, view: View, counts: Tensor, frames: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Groups and budgets with every frame of an image a group of its own."""
         most = max((n for row in frames for n in row), default=1)
         if most == 1:
             return view.image, counts
-        shares = [
-            self._shares(kept, frames[row][image] if image < len(frames[row]) else 1, most)
-            for row, per_image in enumerate(counts.tolist())
-            for image, kept in enumerate(per_image)
-        ]
-        area = [
-            [span.length // n for span, n in zip(*pair, strict=True)] for pair in zip(view.spans, frames, strict=True)
-        ]
-        images = counts.shape[1]
-        size = torch.tensor([[*row, *[1] * (images - len(row))] for row in area], device=counts.device)
-        frame = view.index // size.gather(1, view.image.clamp_min(0))
-        group = torch.where(view.image >= 0, view.image * most + frame, -1)
-        return group, torch.tensor(shares, device=counts.device).view(len(counts), images * most)
+        images, device = counts.shape[1], counts.device
+        area = torch.ones_like(counts)
+        shares = torch.zeros(*counts.shape, most, dtype=torch.long, device=device)
+        for row, spans in enumerate(view.spans):
+            for span, n in zip(spans, frames[row], strict=True):
+                size = span.length // n
+                area[row, span.image] = size
+                budgets = tile_budgets([1] * n, int(counts[row, span.image]), size, self.exact_budget)
+                shares[row, span.image, :n] = torch.tensor(budgets, device=device)
+        group = view.image * most + view.index // area.gather(1, view.image.clamp_min(0))
+        return torch.where(view.image >= 0, group, -1), shares.view(-1, images * most)
 
-    def _shares(self, total: int, frames: int, width: int) -> list[int]:
-        each, over = divmod(total, frames)
-        extra = over if self.exact_budget else 0
-        return [each + (frame < extra) if frame < frames else 0 for frame in range(width)]
+
+def tile_budgets(counts: list[int], total: int, cap: int, exact: bool = True) -> list[int]:
+    """How many of `total` tokens each tile or frame may keep: in proportion to `counts`, at most `cap` each.
+
+    Args:
+        counts: tokens of the tile that early attention picks, or any other weight.
+        total: of all tiles.
+        cap: tokens of a tile.
+        exact: spend what rounding down and `cap` leave over, the largest fractions first.
+    """
+    weight = sum(counts)
+    budgets = [min(total * count // max(weight, 1), cap) for count in counts]
+    left = total - sum(budgets) if exact else 0
+    by_fraction = sorted(range(len(counts)), key=lambda tile: -(total * counts[tile] % max(weight, 1)))
+    while left > 0 and (room := [tile for tile in by_fraction if budgets[tile] < cap]):
+        each = max(left // len(room), 1)
+        for tile in room[:left]:
+            more = min(each, cap - budgets[tile])
+            budgets[tile], left = budgets[tile] + more, left - more
+    return budgets
