@@ -53,6 +53,8 @@ SPECS = [
     "fastv(keep=0.6, before_layer=1) + random(keep=0.5, before_layer=3)",
     "fastv(keep=0.5, before_layer=1) + noimage(before_layer=3)",
     "noimage + fastv(keep=0.5, before_layer=2)",
+    "oraclebox(box=(0.0, 0.3, 0.5, 1.0))",
+    "sparsevlm(keep=0.3, recycle=True)",
     "cdpruner(keep=0.5, relevance=embeddings)",
     "fastv(keep=0.5, before_layer=2, positions=compact)",
     "random(keep=0.5, before_layer=0, positions=compact) + fastv(keep=0.5, before_layer=2)",
