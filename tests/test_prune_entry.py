@@ -349,6 +349,11 @@ def test_vflowopt_worked_example_of_importance():
     for threshold in (2.5, 0):
         weight = method(f"vflowopt(threshold={threshold})").important(received, there)
         assert (weight @ attention)[0].tolist() == pytest.approx(received[0].tolist())
+    entropic = method("vflowopt(threshold=1.2, alpha=0.5)")
+    informed = entropic.important(received, there) @ attention
+    vision = {"attention": informed, "entropy": entropic.softmax(tower(1, 3, 2, 2), there)}
+    expected = [0.1362, 0.8672, 0.2983, 0.1983]
+    assert entropic.importance(view([4], vision=vision))[0].tolist() == pytest.approx(expected, abs=5e-5)
     padded = torch.nn.functional.pad(received, (0, 3), value=9.0)
     weight = method("vflowopt(threshold=1.2)").important(padded, torch.arange(7)[None] < 4)
     assert weight.tolist() == [[0, 1, 0, 0, 0, 0, 0]]
@@ -359,7 +364,7 @@ IMPORTANCE = tower(0.30, 0.02, 0.04, 0.10, 0.06, 0.03, 0.05, 0.40)
 
 def test_vflowopt_worked_example_of_recycling():
     x = torch.arange(8.0)[None, :, None] * 10
-    given = {"hidden": x, "vision": {"importance": IMPORTANCE}, "num_layers": 28}
+    given = {"hidden": x, "vision": {"attention": IMPORTANCE}, "num_layers": 28}
     text = "vflowopt(entry=0.5, cell=2.0, keep=0.4, middle=0.9)"
     chosen = method(text).select(view([8], grids={8: (1, 2, 4)}, **given))
     assert kept(chosen) == [0, 3, 4, 7]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
 from vlmattn.methods.views import Look
 from vlmattn.patches import tower
 from vlmattn.patches.families import find
+from vlmattn.patches.families.base import PIXEL_MEAN, PIXEL_STD
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -206,3 +208,34 @@ def test_nothing_stays_on_the_tower():
     with pytest.raises(RuntimeError):
         look(model, batch, Look("attention"))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def bits(values: Tensor) -> float:
+    share = torch.bincount(values.clamp(0, 255).long().flatten(), minlength=256) / values.numel()
+    return -sum(p * math.log2(p) for p in share.tolist() if p)
+
+
+@pytest.mark.parametrize("name", sorted(tiny.MODELS))
+def test_entropy_of_pixels(name):
+    """Of pictures whose gray values are known before they are normalised."""
+    torch.manual_seed(0)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+    model, batch = tiny.MODELS[name](), tiny.prompts(name, images=(2, 1))
+    if name == "llava":
+        gray = torch.randint(0, 4, (3, 28, 28)).float() * 20 + 0.5
+        batch["pixel_values"] = (gray[:, None].expand(-1, 3, -1, -1) / 255 - mean) / std
+        expected = [
+            [bits(image[7 * row : 7 * row + 7, 7 * column : 7 * column + 7]) for row in range(4) for column in range(4)]
+            for image in gray
+        ]
+    else:
+        gray = torch.randint(0, 4, (len(batch["pixel_values"]), 2 * 14 * 14)).float() * 20 + 0.5
+        pixels = (gray[:, None, :, None] / 255 - mean[:, :, :, None].view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+        batch["pixel_values"] = pixels.reshape(len(gray), -1)
+        per_patch = torch.tensor([bits(patch) for patch in gray])
+        expected = [x.tolist() for x in per_patch.unflatten(0, (-1, 4)).mean(1).split([16, 24, 16])]
+    (found,) = look(model, batch, Look("entropy")).values()
+    for image, values in zip(found, expected, strict=True):
+        assert image.tolist() == pytest.approx(values, abs=1e-4)
+    (scaled,) = look(model, batch, Look("entropy", None, lambda x, there: x.masked_fill(~there, 0) * 2)).values()
+    assert torch.equal(torch.cat(scaled), 2 * torch.cat(found))

@@ -49,7 +49,8 @@ class Look:
         layer: of the tower, 0-indexed, from the end where negative; None: the one whose output the projector reads. On
             a tower that attends in windows the next one behind it that sees the whole image.
         weigh: for `weighted`: the attention that the tokens of `P` images receive, `(P, W)` fp32, and which of them
-            there are, `(P, W)` bool, to the weights `(P, W)` of their own rows.
+            there are, `(P, W)` bool, to the weights `(P, W)` of their own rows; for `entropy`: the entropies to what is
+            made of them.
     """
 
     what: str

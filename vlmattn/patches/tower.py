@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
 from vlmattn.methods.base import Look
 
 AT_A_LAYER = ("attention", "joined", "received", "weighted", "keys")
-WHAT = (*AT_A_LAYER, "features", "cls", "states")
+WHAT = (*AT_A_LAYER, "features", "cls", "states", "entropy")
 """What a look may be at."""
 
 BLOCK = 2**24
@@ -66,6 +67,8 @@ class TowerParts:
             that its output counts as the features.
         cls: the feature method's output to the CLS rows of the features, `(images, 1, C)`; None: the tower has no CLS
             token. Where it has one, it is the first row of a segment.
+        gray: the feature method's arguments to the gray values `(n, patches, pixels)` in [0, 255] of the tokens of each
+            image.
         blocks: the layers, whose outputs `(images, N, C)` end in the rows of the visual tokens; none where tokens have
             no rows of their own.
     """
@@ -77,6 +80,7 @@ class TowerParts:
     rows: Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], bool], Rows]
     projector: nn.Module | None
     cls: Callable[[Any], Tensor] | None
+    gray: Callable[[Mapping[str, Any]], Sequence[Tensor]]
     blocks: Sequence[nn.Module]
 
     def layer(self, wanted: int | None) -> int:
@@ -109,7 +113,8 @@ def looking(
             received), `joined` `(n,)` the same as if all heads were one, `received` `(n, H)` the mean over the rows of
             visual tokens, `weighted` `(n,)` their mean by weights, over heads; `keys` `(n, H, D)` before rotation;
             `features` `(n, C)` the rows that `project` maps to embeddings; `cls` `(n, C)` the CLS row of these, the
-            same for every token; `states` `(n, C)` what the layer gives.
+            same for every token; `states` `(n, C)` what the layer gives; `entropy` `(n,)` bits of the gray values, mean
+            over the patches of a token, or what `weigh` makes of them.
 
     The attention that a token of several tower rows gets is the sum of theirs, the one it gives and its keys their
     mean.
@@ -128,6 +133,8 @@ def looking(
     layers = {look: parts.layer(look.layer) for look in looks}
     attention = {layer: parts.attentions[layer] for look, layer in layers.items() if look.what in AT_A_LAYER}
     signatures = {module: inspect.signature(module.forward) for module in (parts.tower, *attention.values())}
+
+    own = inspect.signature(original)
 
     @functools.wraps(original)
     @torch.compiler.disable  # hooks come and go with every call
@@ -157,7 +164,11 @@ def looking(
             if parts.projector is not None:
                 stack.callback(parts.projector.register_forward_pre_hook(keep_features).remove)
             output = original(*args, **kwargs)
-        put(_collect(parts, layers, attention, seen, output))
+        found = _collect(parts, layers, attention, seen, output)
+        for look in looks:
+            if look.what == "entropy":
+                found[look] = _entropies(parts.gray(own.bind(*args, **kwargs).arguments), look)
+        put(found)
         return output
 
     return features
@@ -190,6 +201,29 @@ def _collect(
     return {look: [tensor.detach() for tensor in images] for look, images in found.items()}
 
 
+def _entropies(gray: Sequence[Tensor], look: Look) -> list[Tensor]:
+    """Bits of the histogram over 256 values, per token."""
+    images = []
+    for patches in gray:
+        value = patches.float().clamp(0, 255).long()
+        share = torch.zeros(*value.shape[:-1], 256, device=value.device).scatter_add(
+            -1, value, torch.ones_like(value, dtype=torch.float32)
+        )
+        share = share / value.shape[-1]
+        images.append(-torch.xlogy(share, share).sum(-1).mean(-1) / math.log(2))
+    if look.weigh is None:
+        return images
+    padded, present = _padded(images)
+    return [row[there] for row, there in zip(look.weigh(padded, present), present, strict=True)]
+
+
+def _padded(images: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`(I, W)` numbers of the tokens of images, and which there are."""
+    padded = nn.utils.rnn.pad_sequence(images, batch_first=True)
+    lengths = torch.tensor([len(image) for image in images], device=padded.device)[:, None]
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths
+
+
 def _at_layer(rows: Rows, look: Look, has_cls: bool) -> list[Tensor]:
     if look.what == "keys":
         return _to_tokens(rows.plain.permute(0, 2, 1, 3), rows, mean=True)
@@ -220,9 +254,7 @@ def _weighted(rows: Rows, look: Look) -> list[Tensor]:
         raise SpecError(f"{look}: a weighted look needs weigh(received, present)")
     visual = (rows.token >= 0) & rows.real
     given = attention_given(rows.query, rows, visual / visual.sum(1, keepdim=True)).mean(1)
-    received = nn.utils.rnn.pad_sequence(_to_tokens(given, rows, mean=False), batch_first=True)
-    lengths = torch.tensor(rows.lengths, device=received.device)[:, None]
-    present = torch.arange(received.shape[1], device=received.device) < lengths
+    received, present = _padded(_to_tokens(given, rows, mean=False))
     weight = look.weigh(received, present)[present]
     parts = torch.zeros_like(weight).index_add(0, rows.token[visual], torch.ones_like(rows.token[visual]).to(weight))
     per_row = torch.where(visual, (weight / parts)[rows.token.clamp_min(0)], 0.0)

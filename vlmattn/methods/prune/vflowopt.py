@@ -6,19 +6,20 @@ inside it. Yang et al., "VFlowOpt: A Token Pruning Framework for LMMs with Visua
 Optimization", arXiv 2508.05211.
 
 With A the attention of the tower's second last layer, mean over heads: G are the tokens that receive more than
-`threshold` times the mean; the importance of a token is the mean attention that G gives it. Before the language model,
-of V tokens the round(V (1 - r_v)) + int(V / cell^2) least important are candidates; those in the same cell of `cell` x
+`threshold` times the mean; the importance of a token is the mean attention that G gives it, plus `alpha` (0 in all
+released settings) times the softmax over the image of the entropy of its gray values. Before the language model, of V
+tokens the round(V (1 - r_v)) + int(V / cell^2) least important are candidates; those in the same cell of `cell` x
 `cell` grid positions become one token, their mean weighted by importance, at the place of the most important of them.
 Before two later layers a share 1 - r_1 and 1 - r_2 of the tokens that arrive, the least important ones, is dropped.
 `keep` is the mean share of visual tokens over all layers, (r_v k_1 + r_v r_1 (k_2 - k_1) + r_v r_1 r_2 (L - k_2)) / L:
 r_2 follows from it.
 
 Deviations: what is not given is taken from the paper's searched settings for a model of 28 layers at 10, 25 and 50 %,
-linear in `keep` between them (the search for a model of your own is not done here). The entropy of pixels, whose
-weight is 0 in all released settings, is left out. If no token is above the threshold, all count (the code has NaN).
-Images are recycled one by one, also where a prompt has several; videos, and tokens without a grid, are ranked only.
-Attention in the language model is causal throughout (under SDPA the code's is not in one layer). A token that joins
-several patches gets the sum of their attention.
+linear in `keep` between them (the search for a model of your own is not done here). If no token is above the
+threshold, all count (the code has NaN). Images are recycled one by one, also where a prompt has several; videos, and
+tokens without a grid, are ranked only. Attention in the language model is causal throughout (under SDPA the code's is
+not in one layer). A token that joins several patches gets the sum of their attention. Entropies are those of the
+picture's values (the code wraps normalised ones around).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class VFlowOpt(Pruner):
     middle: float | None = param(None, "r_1, share of these that the second stage leaves; None: by `keep`")
     threshold: float | None = param(None, "times the mean attention that an important token receives; None: by `keep`")
     cell: float | None = param(None, "side of a recycling cell in tokens; None: by `keep`")
+    alpha: float = param(0.0, "weight of the entropy of a token's pixels in its importance, in [-1, 1]")
     recycle: bool = param(True, "whether the first stage merges what it drops")
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class VFlowOpt(Pruner):
             least = 0 if field != "cell" else 1
             if value is not None and (isinstance(value, bool) or not least <= value <= top):
                 raise SpecError(f"vflowopt.{field}={value!r}: expected a number between {least} and {top}, or None")
+        if isinstance(self.alpha, bool) or not -1 <= self.alpha <= 1:
+            raise SpecError(f"vflowopt.alpha={self.alpha!r}: expected a number in [-1, 1]")
         if not isinstance(self.recycle, bool):
             raise SpecError(f"vflowopt.recycle={self.recycle!r}: expected True or False")
 
@@ -95,8 +99,9 @@ class VFlowOpt(Pruner):
 
     @property
     def looks(self) -> Mapping[str, Look]:
-        """The attention of important tokens in the second last layer."""
-        return {"importance": Look("weighted", -2, self.important)}
+        """The attention of important tokens in the second last layer, and the entropy of pixels if it has a weight."""
+        looks = {"attention": Look("weighted", -2, self.important)}
+        return looks | ({"entropy": Look("entropy", None, self.softmax)} if self.alpha else {})
 
     def important(self, received: Tensor, present: Tensor) -> Tensor:
         """`(P, W)` weights of the tokens' own rows: equal ones for those that receive enough, of all if none does."""
@@ -105,12 +110,21 @@ class VFlowOpt(Pruner):
         chosen = torch.where(chosen.any(1, keepdim=True), chosen, present)
         return chosen / chosen.sum(1, keepdim=True).clamp_min(1)
 
+    def softmax(self, entropy: Tensor, present: Tensor) -> Tensor:
+        """`(P, W)` of the entropies of an image."""
+        return entropy.masked_fill(~present, -torch.inf).softmax(1)
+
+    def importance(self, view: View) -> Tensor:
+        """`(B, V)` fp32, the same in every stage."""
+        attention = view.vision["attention"].float()
+        return attention + self.alpha * view.vision["entropy"] if self.alpha else attention
+
     def select(self, view: View) -> Keep:
         """Recycle at the entry, drop the least important later."""
         assert view.hidden is not None
         pools = Pools.of(view, self.budget_scope)
         share = self.shares(view.num_layers)[view.stage]
-        importance = pools.split(view.vision["importance"]).float()
+        importance = pools.split(self.importance(view))
         fewer = torch.floor(pools.sizes * (1 - share) + 0.5).long()
         place = ranks(importance, pools.present)
         if view.stage or not self.recycle or self.budget_scope == "sample":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlmattn.errors import UnsupportedModelError
@@ -127,6 +128,18 @@ class Family:
         shown = ("name", "model_type", "model_class", "paper", "has_cls", "rope", "grid_rule", "deepstack")
         facts = dataclasses.asdict(self, dict_factory=lambda items: {k: v for k, v in items if k in shown})
         return facts | {"kind": "family"}
+
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""How the released processors of all families here normalise red, green and blue."""
+
+
+def gray_values(pixels: Tensor, channels: int) -> Tensor:
+    """The mean of red, green and blue in [0, 255] of normalised `pixels`, whose dimension `channels` has the three."""
+    shape = (3, *[1] * (pixels.ndim - channels - 1))
+    mean, std = (torch.tensor(x, device=pixels.device).view(shape) for x in (PIXEL_MEAN, PIXEL_STD))
+    return (pixels.float() * std + mean).mean(channels) * 255
 
 
 def register(family: Family) -> Family:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmattn.errors import CallError
-from vlmattn.patches.families.base import Family, register
+from vlmattn.patches.families.base import Family, gray_values, register
 from vlmattn.patches.tower import Rows, TowerParts
 from vlmattn.spans import Geometry
 
@@ -97,6 +97,13 @@ def _tower_rows(
     )
 
 
+def _gray(arguments: Mapping[str, Any], patch: int, with_cls: bool) -> Sequence[Tensor]:
+    """Of every patch of an image in raster order; a CLS token has one value, that of black."""
+    values = gray_values(arguments["pixel_values"], channels=1)
+    patches = values.unfold(1, patch, patch).unfold(2, patch, patch).flatten(1, 2).flatten(2)[:, :, None]
+    return list(torch.nn.functional.pad(patches, (0, 0, 0, 0, int(with_cls), 0)))
+
+
 def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
     attentions = [layer.self_attn for layer in tower.encoder.layers]
     chosen = config.vision_feature_layer
@@ -110,6 +117,7 @@ def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
         rows=functools.partial(_tower_rows, with_cls=with_cls),
         projector=projector,
         cls=lambda output: torch.cat([output.hidden_states[state][:, :1] for state in states], -1),
+        gray=functools.partial(_gray, patch=config.vision_config.patch_size, with_cls=with_cls),
         blocks=list(tower.encoder.layers),
     )
 

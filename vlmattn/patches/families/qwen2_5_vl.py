@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmattn.errors import CallError
-from vlmattn.patches.families.base import Family, register
+from vlmattn.patches.families.base import Family, gray_values, register
 from vlmattn.patches.tower import Rows, TowerParts
 from vlmattn.spans import Geometry
 
@@ -68,6 +69,14 @@ def _tower_rows(attention: Any, arguments: Mapping[str, Any], tower: Mapping[str
     )
 
 
+def _gray(arguments: Mapping[str, Any], group: int) -> Sequence[Tensor]:
+    """Of every patch, frames together; the patches of a token stand side by side."""
+    kind = "pixel_values" if "pixel_values" in arguments else "pixel_values_videos"
+    grids = arguments["image_grid_thw" if kind == "pixel_values" else "video_grid_thw"]
+    values = gray_values(arguments[kind].unflatten(-1, (3, -1)), channels=1)
+    return values.unflatten(0, (-1, group)).split((grids.prod(-1) // group).tolist())
+
+
 def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
     """The projector joins `merge ** 2` rows, so that what comes out of it counts as the features."""
     attentions = [block.attn for block in tower.blocks]
@@ -79,6 +88,7 @@ def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
         rows=_tower_rows,
         projector=None,
         cls=None,
+        gray=functools.partial(_gray, group=tower.spatial_merge_size**2),
         blocks=(),
     )
 
