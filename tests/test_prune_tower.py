@@ -35,13 +35,21 @@ def kept(session: Any) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_several_images_beams_and_returned_sequences(family):
-    model, rows = tiny.MODELS[family](), (2, 1, 1)
+@pytest.mark.parametrize("rows", [(2, 1, 1), (1, 0, 3)])
+def test_several_images(family, rows):
+    model, batch = tiny.MODELS[family](), tiny.prompts(family, images=rows)
+    with vlmattn.wrap(model, f"hired(keep={KEPT})") as session:
+        model(**batch)
+        assert [[image for image in row if image] for row in kept(session)] == expected(model, batch, rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_and_returned_sequences(family):
+    """The oldest transformers gives every beam its own copy of the images, the newest runs the tower once a sample."""
+    model, rows = tiny.MODELS[family](), (1, 1, 1)
     batch = tiny.prompts(family, images=rows)
     right = expected(model, batch, rows)
     with vlmattn.wrap(model, f"hired(keep={KEPT})") as session:
-        model(**batch)
-        assert kept(session) == right
         model.generate(**batch, max_new_tokens=3, do_sample=False, num_beams=3, num_return_sequences=2)
         assert kept(session) == [row for row in right for _ in range(3)]
         torch.manual_seed(0)
