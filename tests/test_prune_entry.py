@@ -118,6 +118,8 @@ def test_hired_keeps_the_best_of_every_frame():
     video = view([10], grids={10: (2, 1, 5)}, vision={"attention": score})
     assert kept(method("hired(keep=5)").select(video)) == [2, 3, 4, 7, 8]
     assert kept(method("hired(keep=5, exact_budget=False)").select(video)) == [3, 4, 7, 8]
+    for text, count in (("hired(keep=5)", 5), ("hired(keep=5, exact_budget=False)", 4)):
+        assert method(text).left(10, (2, 1, 5)) == count and method(text).left(10) == 5
     mixed = view([2, 6], [4], grids={6: (3, 1, 2)}, vision={"attention": torch.arange(16.0).view(2, 8, 1).flip(1)})
     chosen = method("hired(keep=0.5)").select(mixed)
     assert kept(chosen) == [0, 2, 4, 6] and kept(chosen, 1) == [0, 1]

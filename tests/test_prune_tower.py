@@ -134,3 +134,14 @@ def test_precomputed_features_cannot_be_looked_at():
     )
     with vlmattn.wrap(model, "hired"), pytest.raises(vlmattn.VlmattnError, match="looks into the vision tower"):
         model(**batch, mm_encoder_outputs={"image": features})
+
+
+@pytest.mark.parametrize("text", ["visionzip(keep=6, keep_cls=True)", "prumerge", "divprune(keep=6)", "vflowopt"])
+def test_half_precision(text):
+    """Scores are fp32, rows come back in the model's dtype."""
+    model, batch = tiny.llava().bfloat16(), tiny.prompts("llava")
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    with vlmattn.wrap(model, text) as session:
+        logits = model(**batch).logits
+        assert session.report().visual_per_layer[0][0] < 16
+    assert logits.dtype == torch.bfloat16 and bool(logits.isfinite().all())

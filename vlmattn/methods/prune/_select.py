@@ -52,6 +52,7 @@ class Pools:
 
     def split(self, x: Tensor) -> Tensor:
         """`(B, V, ...)` to `(P, W, ...)`; what stands in empty slots means nothing."""
+        x = x.to(self.present.device)  # what the tower says may lie on another one
         index = _wide(self.slot.flatten(1), x)
         return x.gather(1, index).view(*self.present.shape, *x.shape[2:])
 

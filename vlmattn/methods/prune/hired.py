@@ -55,6 +55,11 @@ class HiRED(Pruner):
             return budget.count(arriving, self.keep)
         return max(int(arriving * self.keep), 1)
 
+    def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
+        """The budget; of a video what its frames' budgets make together."""
+        frames = grid[0] if grid and self.budget_scope == "image" else 1
+        return sum(tile_budgets([1] * frames, self.quota(visual, visual, stage), visual // frames, self.exact_budget))
+
     def score(self, view: View) -> Tensor:
         """`(B, V)` attention, summed over heads."""
         return view.vision["attention"].sum(-1)
