@@ -21,19 +21,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vlmattn import presets
 from vlmattn.cost import Dims
-from vlmattn.errors import CallError, SpecError, UnsupportedModelError, VlmattnWarning
-from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Selector
+from vlmattn.errors import CallError, VlmattnWarning
+from vlmattn.methods.base import Look, Method
 from vlmattn.methods.views import Paired
 from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
 from vlmattn.patches.attention import Registration, is_living
 from vlmattn.patches.decoder import Decoder
-from vlmattn.patches.families.base import CAPABILITIES, Family
-from vlmattn.patches.passes import Pass, Program, begin_decode, begin_prefill
+from vlmattn.patches.passes import Pass, begin_decode, begin_prefill
+from vlmattn.patches.program import Program, compile_program
 from vlmattn.patches.prompt import Seen, read_prompt
-from vlmattn.patches.selection import Turn
 from vlmattn.patches.text_tower import TextTower, read_questions
 from vlmattn.patches.tower import looking
 from vlmattn.patches.vision import VisionStore, shared, tapped
@@ -395,63 +393,6 @@ class Engine:
             return original(*args, **kwargs)
 
         return generate
-
-
-def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: Family, has: frozenset[str]) -> Program:
-    """Sort methods by the layers they act in.
-
-    Args:
-        methods: in the order of the spec.
-        config: of the wrapped model.
-        dims: sizes of its decoder.
-        family: what is known about it.
-        has: its capabilities.
-
-    Raises:
-        LayerError: a method does not fit this depth.
-        SpecError: two methods do the same thing in the same layer, a kind is unknown, or a preset is missing.
-        UnsupportedModelError: a method requires what the model has not.
-    """
-    program = Program()
-    for method in methods:
-        turns: list[Any]
-        if isinstance(method, Selector):
-            table: dict[int, Any] = program.pruners
-            layers, act = list(method.stages(dims.num_layers)), "prune before"
-            turns = [Turn(method, stage) for stage in range(len(layers))]
-        elif isinstance(method, Editor):
-            table, layers, act = program.editors, list(method.layers(dims.num_layers)), "edit attention in"
-            turns = [method] * len(layers)
-        elif isinstance(method, HeadGain):
-            table, layers, act = program.heads, method.layers(dims.num_layers), "scale heads in"
-            turns = [method] * len(layers)
-        else:
-            raise SpecError(f"{method} is of kind {method.kind!r}, which this version cannot install")
-        if method.is_noop:
-            continue
-        if isinstance(method, Selector):
-            _check_capabilities(method, family, has)
-        for layer, turn in zip(layers, turns, strict=True):
-            if layer in table:
-                raise SpecError(f"{table[layer]} and {method} both {act} layer {layer}: give one of them other layers")
-            table[layer] = turn
-    if "sink_dims" in program.needs:
-        program = dataclasses.replace(program, sink_dims=presets.sink_dims(config))
-    return program
-
-
-def _check_capabilities(method: Selector, family: Family, has: frozenset[str]) -> None:
-    missing = sorted(method.requires - has)
-    if not missing:
-        return
-    fits = [
-        name
-        for name, cls in sorted(REGISTRY.items())
-        if issubclass(cls, Selector) and name != method.name and cls().requires <= has
-    ]
-    wanted = " and ".join(CAPABILITIES[name] for name in missing)
-    own = f"{method.name} with positions='original', " if missing == ["flat_positions"] else ""
-    raise UnsupportedModelError(f"{method} needs {wanted}; {family.name} has none: use {own}{', '.join(fits)}")
 
 
 REFUSED_OPTIONS: dict[str, Callable[[Any], bool]] = {

@@ -12,11 +12,12 @@ from torch import Tensor
 from vlmattn.edits import NOT_A_KEY, TEXT, VISUAL, Tags
 from vlmattn.errors import CallError
 from vlmattn.kernels.rows import Request
-from vlmattn.methods.base import Editor, HeadGain, LayerView, Look, Method
+from vlmattn.methods.base import Editor, LayerView
 from vlmattn.patches import cache as caches
 from vlmattn.patches import streams
 from vlmattn.patches.attention import PRIVATE, Work
 from vlmattn.patches.decoder import Decoder
+from vlmattn.patches.program import Program
 from vlmattn.patches.selection import (
     Chosen,
     Turn,
@@ -31,57 +32,6 @@ from vlmattn.plan import Plan, Stage, decode_mask, gather_rows, prefill_mask
 
 if TYPE_CHECKING:
     from vlmattn.patches.engine import Engine
-
-
-@dataclass(frozen=True)
-class Program:
-    """The methods of a session as the layers of one model need them.
-
-    Attributes:
-        pruners: stages of pruners by the layer they prune before.
-        editors: by edited layer.
-        heads: by reinforced layer.
-        sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
-        record: whether statistics are kept.
-        backend: attention backend; None: the fastest.
-    """
-
-    pruners: dict[int, Turn] = field(default_factory=dict)
-    editors: dict[int, Editor] = field(default_factory=dict)
-    heads: dict[int, HeadGain] = field(default_factory=dict)
-    sink_dims: tuple[int, ...] | None = None
-    record: bool = False
-    backend: str | None = None
-
-    @property
-    def changes(self) -> bool:
-        """Whether anything of the model's computation changes."""
-        return bool(self.pruners or self.editors or self.heads)
-
-    @property
-    def acts(self) -> bool:
-        """Whether there is anything to do in a generation with images."""
-        return self.changes or self.record
-
-    @property
-    def methods(self) -> list[Method]:
-        """The installed methods; one with several stages or layers as often."""
-        return [*(turn.pruner for turn in self.pruners.values()), *self.editors.values(), *self.heads.values()]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Union of what the methods need."""
-        return frozenset(need for method in self.methods for need in method.needs)
-
-    @property
-    def compares(self) -> list[str]:
-        """The methods that compare patches with the question, by the text tower."""
-        return [str(turn) for turn in self.pruners.values() if "text_tower" in turn.pruner.requires]
-
-    @property
-    def looks(self) -> frozenset[Look]:
-        """What methods look at inside the vision tower, so that it must run for every prompt."""
-        return frozenset(look for turn in self.pruners.values() for look in turn.pruner.looks.values())
 
 
 @dataclass
