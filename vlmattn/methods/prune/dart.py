@@ -10,9 +10,10 @@ Multimodal Language Models: Duplication Matters More", arXiv 2502.11494.
    and all that was taken stay.
 
 Deviations from the released code: the rest of n is filled with the tokens least like the last pivot, so that `keep`
-holds exactly; with `exact_budget=False` k = int(V * keep / pivots) as in the code for Qwen, and nothing is filled
-up. Pivots take turns by falling norm, visual ones first (the code's order is that of a Python set); what runs out is
-clamped; without text behind the image only visual pivots count; every image of every sample is treated by itself.
+holds exactly; with `exact_budget=False` k = int(V * keep / pivots) as in that part of the code which takes a ratio, and
+nothing is filled up. Pivots take turns by falling norm, visual ones first (the code's order is that of a Python set);
+what runs out is clamped; without text behind the image only visual pivots count; every image of every sample is
+treated by itself.
 """
 
 from __future__ import annotations
