@@ -48,7 +48,11 @@ RULES = (
     Rule("methods", WORDS, ("torch",)),
     Rule("kernels", ("edits",), ("torch", "triton")),
     Rule("presets", ("errors",), ()),
-    Rule("patches", (*WORDS, "plan", "cost", "kernels", "presets", "methods.base"), ("torch", "transformers")),
+    Rule(
+        "patches",
+        (*WORDS, "plan", "cost", "kernels", "presets", "methods.base", "methods.views"),
+        ("torch", "transformers"),
+    ),
     Rule("spec", (*WORDS, "methods"), ()),
     Rule("session", (*WORDS, "plan", "cost", "report", "spec", "methods", "patches", "kernels"), ("torch", "PIL")),
     Rule("discover", (*WORDS, "presets", "methods", "patches", "scenes"), None),

@@ -3,6 +3,7 @@ hooks, with a softmax of our own. Slow and plain on purpose."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,13 +90,16 @@ class Run:
 
 
 @torch.no_grad()
-def generate(model: Any, prompt: Prompt, stages: dict[int, Any], steps: int, follow: Sequence[int] = ()) -> Run:
+def generate(
+    model: Any, prompt: Prompt, stages: dict[int, Any], steps: int, follow: Sequence[int] = (), compact: bool = False
+) -> Run:
     """Greedy generation where, before each layer in `stages`, prompt tokens are physically removed.
 
     Args:
         stages: layer -> kept prompt columns (list, prompt frame), or layer -> callable that gets the probabilities
             `(H, n, n)` of the layer before and the columns present, and returns kept columns.
         follow: tokens to append instead of the greedy ones (a second turn).
+        compact: after each stage positions count from 0 without gaps.
     """
     text = model.model.language_model
     run = Run()
@@ -113,6 +117,8 @@ def generate(model: Any, prompt: Prompt, stages: dict[int, Any], steps: int, fol
                 stays = [c for c in present if c >= length or c in set(run.kept[index])]
                 slots = torch.tensor([present.index(c) for c in stays])
                 hidden, cos, sin, present = hidden[slots], cos[slots], sin[slots], stays
+                if compact:
+                    cos, sin = _tables(text, hidden, torch.arange(len(stays))[None])
             hidden, probabilities = layer_forward(layer, hidden, cos, sin)
         logits = model.lm_head(text.norm(hidden[-1]))
         token = follow[step] if step < len(follow) else int(logits.argmax())
@@ -126,25 +132,30 @@ def generate(model: Any, prompt: Prompt, stages: dict[int, Any], steps: int, fol
 
 
 @torch.no_grad()
-def masked_forward(model: Any, batch: dict[str, Tensor], layer: int, kept: Sequence[Sequence[int]]) -> Tensor:
-    """Logits of an unpruned run in which, from `layer` on, dropped prompt columns are masked (but still see
-    themselves)."""
+def masked_forward(model: Any, batch: dict[str, Tensor], stages: dict[int, Sequence[Sequence[int]]]) -> Tensor:
+    """Logits of an unpruned run in which, from the layer of each stage on, the prompt columns that it does not keep are
+    masked (but still see themselves)."""
     rows, length = batch["input_ids"].shape
-    allowed = torch.zeros(rows, length, dtype=torch.bool)
-    for row, columns in enumerate(kept):
-        allowed[row, list(columns)] = True
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    mask = (causal & allowed[:, None, None, :]) | torch.eye(length, dtype=torch.bool)
-    if model.model.language_model.config._attn_implementation == "eager":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
-    def swap(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, kwargs | {"attention_mask": mask}
+    def mask_of(kept: Sequence[Sequence[int]]) -> Tensor:
+        allowed = torch.zeros(rows, length, dtype=torch.bool)
+        for row, columns in enumerate(kept):
+            allowed[row, list(columns)] = True
+        mask = (causal & allowed[:, None, None, :]) | torch.eye(length, dtype=torch.bool)
+        if model.model.language_model.config._attn_implementation == "eager":
+            return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return mask
+
+    masks = {layer: mask_of(kept) for layer, kept in stages.items()}
+
+    def swap(index: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        ruling = [layer for layer in masks if layer <= index]
+        return args, kwargs | ({"attention_mask": masks[max(ruling)]} if ruling else {})
 
     handles = [
-        module.register_forward_pre_hook(swap, with_kwargs=True)
+        module.register_forward_pre_hook(functools.partial(swap, index), with_kwargs=True)
         for index, module in enumerate(model.model.language_model.layers)
-        if index >= layer
     ]
     try:
         return model(**batch).logits

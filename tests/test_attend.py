@@ -13,11 +13,12 @@ import torch
 import vlmattn
 from vlmattn import spec
 from vlmattn.edits import NOT_A_KEY, AttnEdit
-from vlmattn.errors import LayerError, SpecError
+from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
 from vlmattn.kernels import naive, rows
 from vlmattn.kernels.rows import Request
 from vlmattn.methods.attend.var import VAR, sink_strength
 from vlmattn.methods.attend.vhr import VHR, divergence
+from vlmattn.methods.base import Selector
 
 FAMILIES = sorted(tiny.MODELS)
 SINKS = "sinks=[1, 2, 3], tau=1.5, rho=0.2, min_visual=0.05, first_layer=1"
@@ -270,8 +271,15 @@ PAIRED = {frozenset(pair): pair for pair in itertools.combinations(spec.registry
 
 @pytest.mark.parametrize("pair", list(PAIRED.values()), ids="+".join)
 def test_all_pairs_agree_with_the_reference_backend(model, batch, pair):
-    """In both orders of the spec: the order of composition is fixed."""
+    """In both orders of the spec: the order of composition is fixed. What collides, or lacks something, says so."""
     parts = [PARTS.get(name, f"{name}(before_layer=1)" if name == "uniform" else name) for name in pair]
+    pruners = [m for m in spec.parse(parts) if isinstance(m, Selector) and not m.is_noop]
+    layers = [layer for pruner in pruners for layer in pruner.stages(tiny.LAYERS)]
+    lacking = any("text_tower" in pruner.requires for pruner in pruners)
+    if lacking or len(layers) != len(set(layers)):
+        with pytest.raises((UnsupportedModelError, SpecError), match=r"needs .*: use |both prune before layer"):
+            vlmattn.wrap(model, parts)
+        return
     runs = []
     for backend, order in (("rows", parts), ("reference", parts), ("rows", parts[::-1])):
         with vlmattn.wrap(model, " + ".join(order)) as session:

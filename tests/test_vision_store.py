@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmattn
 from vlmattn.errors import CallError
-from vlmattn.methods.base import Keep, Selector, View
+from vlmattn.methods.base import Keep, Look, Selector, View
 from vlmattn.patches import vision
 from vlmattn.patches.families import find
 
@@ -515,8 +515,8 @@ class Insider(Selector):
     on: bool = True
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"vision_rows"})
+    def looks(self) -> dict[str, Look]:
+        return {"seen": Look("received")}
 
     @property
     def is_noop(self) -> bool:
@@ -542,6 +542,15 @@ def test_methods_that_look_inside_the_tower_run_it(model, batch):
         for _ in range(2):
             model(**batch)
         assert calls.new() == 1 and (store.hits, store.misses) == (1, 1)
+
+
+def test_a_session_that_looks_inside_leaves_the_entries_alone(model, batch):
+    calls, store = Calls(model), vlmattn.VisionStore()
+    for text, tower, hits in (("fastv(keep=5)", 1, 0), ("visionzip(keep=5)", 1, 0), ("fastv(keep=6)", 0, 1)):
+        with vlmattn.wrap(model, text) as session:
+            session.share_vision(store)
+            model(**batch)
+        assert (calls.new(), store.hits) == (tower, hits), text
 
 
 def test_undo_with_a_store(model, family, batch):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmattn.errors import VlmattnError
     from vlmattn.report import Report
-    from vlmattn.session import Session, VisionStore, families, methods_info, wrap
+    from vlmattn.session import Session, TextTower, VisionStore, families, methods_info, wrap
 
 __version__ = "0.1.0"
 
@@ -24,13 +24,24 @@ _HOME = {
     "VlmattnError": "vlmattn.errors",
     "Report": "vlmattn.report",
     "Session": "vlmattn.session",
+    "TextTower": "vlmattn.session",
     "VisionStore": "vlmattn.session",
     "families": "vlmattn.session",
     "methods_info": "vlmattn.session",
     "wrap": "vlmattn.session",
 }
 
-__all__ = ["Report", "Session", "VisionStore", "VlmattnError", "__version__", "families", "methods_info", "wrap"]
+__all__ = [
+    "Report",
+    "Session",
+    "TextTower",
+    "VisionStore",
+    "VlmattnError",
+    "__version__",
+    "families",
+    "methods_info",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:

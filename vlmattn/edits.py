@@ -10,13 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Keep:
-    """Which visual tokens stay.
+    """Which visual tokens stay, and what merging makes of them.
 
     Attributes:
         mask: `(B, V)` bool over the visual tokens a `View` shows; True stays. Entries of padding slots are ignored.
+        rows: `(B, V, C)` new values of their rows of the layer input, or None: unchanged. Those of dropped tokens are
+            ignored, so a merged token sits on the slot, and at the position, of one that stays.
     """
 
     mask: Tensor
+    rows: Tensor | None = None
 
     @classmethod
     def top(cls, score: Tensor, group: Tensor, counts: Tensor) -> Keep:
@@ -61,6 +64,13 @@ class Tags:
     def without_last(self, n: int) -> Tags:
         """The groups without the last `n` keys."""
         return Tags(self.tag[:, :-n], self.active, self.acts)
+
+    def at(self, slots: Tensor, valid: Tensor | None) -> Tags:
+        """The groups of the keys in `slots` `(B, M)` long; those that are not `valid` are no keys."""
+        tag = self.tag.gather(1, slots.to(self.tag.device))
+        if valid is not None:
+            tag = tag.masked_fill(~valid.to(tag.device), NOT_A_KEY)
+        return Tags(tag, self.active, self.acts)
 
     def rows(self, index: Tensor) -> Tags:
         """The groups of some rows of the batch, `index` `(n,)` long."""

@@ -9,8 +9,9 @@ mask and rotary tables cover, which is shorter when pruning happened at the entr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ class Stage:
         positions: `(B, M)` long, their prompt-frame columns, ascending, right-aligned.
         base: `(B, M)` long, their base-frame columns.
         valid: `(B, M)` bool, False at filler slots of rows that keep fewer tokens; None if every slot is a token.
+        rotary: `(B, M)` long, the base-frame columns whose rotary positions they take; None: their own.
+        shift: `(B,)` long, how much lower positions are here than in the base frame (at the entry: than in the prompt)
+            for all tokens after the prompt; None: not at all.
+        shrinks: whether the caches of the layers below are cut to these tokens after the prefill.
     """
 
     layer: int
@@ -36,6 +41,9 @@ class Stage:
     positions: Tensor
     base: Tensor
     valid: Tensor | None
+    rotary: Tensor | None = None
+    shift: Tensor | None = None
+    shrinks: bool = False
 
     @property
     def size(self) -> int:
@@ -44,20 +52,28 @@ class Stage:
 
     def without_last(self, n: int) -> Stage:
         """The stage without its last `n` slots."""
-        valid = None if self.valid is None else self.valid[:, :-n]
-        return Stage(self.layer, self.method, self.positions[:, :-n], self.base[:, :-n], valid)
+        return self._each(lambda x: x[:, :-n], lambda x: x)
 
     def rows(self, index: Tensor) -> Stage:
         """The stage of some rows of the batch."""
-        valid = None if self.valid is None else self.valid[index]
-        return Stage(self.layer, self.method, self.positions[index], self.base[index], valid)
+        return self._each(lambda x: x[index], lambda x: x[index])
 
     def to(self, device: torch.device) -> Stage:
         """The same stage on another device (models split over several)."""
         if self.positions.device == device:
             return self
-        valid = None if self.valid is None else self.valid.to(device)
-        return Stage(self.layer, self.method, self.positions.to(device), self.base.to(device), valid)
+        return self._each(lambda x: x.to(device), lambda x: x.to(device))
+
+    def _each(self, slots: Callable[[Tensor], Tensor], row: Callable[[Tensor], Tensor]) -> Stage:
+        """The stage with `slots` applied to what has a value per slot and `row` to what has one per row."""
+        return dataclasses.replace(
+            self,
+            positions=slots(self.positions),
+            base=slots(self.base),
+            valid=None if self.valid is None else slots(self.valid),
+            rotary=None if self.rotary is None else slots(self.rotary),
+            shift=None if self.shift is None else row(self.shift),
+        )
 
 
 @dataclass
@@ -70,7 +86,8 @@ class Plan:
         image: `(B, N)` long, image of each token within its sample, -1 for text.
         spans: per sample the spans of its images.
         ahead: guessed tokens behind the prompt that went through the prefill with it; `settle` forgets them.
-        stages: in order of layer.
+        stages: in order of layer, as the prefill ran.
+        held: in order of layer, what the cache holds after the prefill if that is less; None: the same.
         text: `(B, N)` bool, what a prompt without its images consists of: real tokens that are neither visual nor
             wrap an image.
         keys: per sample and image the content keys, if a method needs them.
@@ -78,7 +95,12 @@ class Plan:
         gains: per reinforced layer the factors of its heads, `(B, H)`; divergences: the statistic they were chosen by.
         samples: rows of the caller; the plan has twice as many while a text-only stream runs beside.
         steps: per pass, per layer the statistics `(rows, H, 4)` of the last row, if recorded.
-        scores: attention received per layer (layers that a later stage asked for), `(B, slots)` fp32.
+        scores: attention received, for the stage before a layer, `(B, slots)` or `(B, H, slots)` fp32.
+        layer_keys: keys `(B, Hkv, slots, D)` for the stage before a layer.
+        ranking: per method text the scores of its first stage, `(B, N)` or `(B, H, N)` fp32, if they serve all stages.
+        query_rows: `(B, N)` bool, the query rows that the method with that text chose at the entry.
+        paired: the questions beside the vision tower, if a method compares them with patches.
+        vision: what methods look at in the vision tower, `(B, V, ...)` over the visual tokens of the prompt in order.
     """
 
     real: Tensor
@@ -87,9 +109,15 @@ class Plan:
     spans: Sequence[Sequence[Span]]
     ahead: int = 0
     stages: list[Stage] = field(default_factory=list)
+    held: list[Stage] | None = None
     text: Tensor | None = None
     keys: tuple[tuple[int, ...], ...] | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
+    layer_keys: dict[int, Tensor] = field(default_factory=dict)
+    ranking: dict[str, Tensor] = field(default_factory=dict)
+    query_rows: dict[str, Tensor] = field(default_factory=dict)
+    paired: Any = None
+    vision: dict[Any, Tensor] = field(default_factory=dict)
     tags: dict[int, Tags] = field(default_factory=dict)
     gains: dict[int, Tensor] = field(default_factory=dict)
     divergences: dict[int, Tensor] = field(default_factory=dict)
@@ -102,25 +130,33 @@ class Plan:
         return self.visual.shape[1]
 
     @property
+    def entry(self) -> Stage | None:
+        """What the first layer holds of the prompt, or None if that is all."""
+        return self.holding(0)
+
+    @property
     def base_length(self) -> int:
         """Columns of the base frame."""
-        first = self.stages[0] if self.stages else None
-        return first.size if first is not None and first.layer == 0 else self.length
+        return self.length if self.entry is None else self.entry.size
 
     @property
     def dropped_at_entry(self) -> int:
-        """Columns that the text model never sees."""
+        """Columns that the first layer does not hold."""
         return self.length - self.base_length
 
     def settle(self) -> None:
         """End of the prefill: from now on guessed tokens count as any token after the prompt.
 
-        They are text, so every stage holds them in its last slots.
+        They are text, so every stage holds them in its last slots. What only selections need is let go.
         """
+        for table in (self.scores, self.ranking, self.layer_keys, self.query_rows, self.vision):
+            table.clear()
+        self.paired = None
         if self.ahead:
             end, self.ahead = -self.ahead, 0
             self.real, self.visual, self.image = self.real[:, :end], self.visual[:, :end], self.image[:, :end]
             self.stages = [stage.without_last(-end) for stage in self.stages]
+            self.held = None if self.held is None else [stage.without_last(-end) for stage in self.held]
             self.tags = {layer: tags.without_last(-end) for layer, tags in self.tags.items()}
 
     def rows(self, index: Tensor) -> Plan:
@@ -138,6 +174,7 @@ class Plan:
             spans=[self.spans[row] for row in order],
             text=None if self.text is None else self.text[index],
             stages=[stage.rows(index) for stage in self.stages],
+            held=None if self.held is None else [stage.rows(index) for stage in self.held],
             tags={layer: tags.rows(index) for layer, tags in self.tags.items()},
             gains={layer: gain[_on(index, gain)] for layer, gain in self.gains.items()},
             divergences={layer: vhd[_on(index, vhd)] for layer, vhd in self.divergences.items()},
@@ -145,9 +182,17 @@ class Plan:
         )
 
     def stage(self, layer: int) -> Stage | None:
-        """The stage that rules decoder layer `layer`, or None if the layer holds the whole prompt."""
-        ruling = [stage for stage in self.stages if stage.layer <= layer]
-        return ruling[-1] if ruling else None
+        """The stage that ruled decoder layer `layer` in the prefill, or None if the layer saw the whole prompt."""
+        return _ruling(self.stages, layer)
+
+    def holding(self, layer: int) -> Stage | None:
+        """The stage of what the cache of decoder layer `layer` holds, or None if it holds the whole prompt."""
+        return _ruling(self.stages if self.held is None else self.held, layer)
+
+
+def _ruling(stages: Sequence[Stage], layer: int) -> Stage | None:
+    ruling = [stage for stage in stages if stage.layer <= layer]
+    return ruling[-1] if ruling else None
 
 
 def _on(index: Tensor, like: Tensor) -> Tensor:

@@ -167,11 +167,7 @@ class Proof:
         cases = {"disabled": [method.disabled() for method in self.methods]}
         if any(isinstance(method, Pruner) for method in self.methods):
             # nothing to drop: scores are computed and ranked, all tokens stay
-            everything = int(self.visual.sum())
-            cases["keeping every token"] = [
-                dataclasses.replace(method, keep=everything) if isinstance(method, Pruner) else method.disabled()
-                for method in self.methods
-            ]
+            cases["keeping every token"] = [self._keeping_all(method) for method in self.methods]
         worst, wrong = 0.0, []
         for name, methods in cases.items():
             with wrap(self.model, methods):
@@ -183,11 +179,23 @@ class Proof:
         said = f"prompt and {self.new_tokens} greedy tokens, torch.equal; cases: {', '.join(cases)}"
         return _row(not wrong, worst, 0.0, said + (f"; differs: {', '.join(wrong)}" if wrong else ""))
 
+    def _keeping_all(self, method: Method) -> Method | None:
+        """The method with a budget of all tokens; disabled where it has none, or would do more than drop nothing."""
+        tokens, layers = int(self.visual.sum()), len(self.layers)
+        if isinstance(method, Pruner) and not method.merges and method.positions == "original":
+            full = dataclasses.replace(method, keep=tokens)
+            if full.expected_tokens(tokens, layers) == [tokens] * layers:
+                return full
+        return method.disabled()
+
     def removal(self) -> CheckRow:
         """Pruned logits equal an unpruned run in which the dropped keys are masked from their layer on."""
         pruners = [method for method in self.methods if isinstance(method, Selector) and not method.is_noop]
         if not pruners:
             return _row(None, None, None, "no method drops tokens")
+        changing = [str(pruner) for pruner in pruners if pruner.merges or pruner.positions == "compact"]
+        if changing:
+            return _row(None, None, None, f"{', '.join(changing)} merges or renumbers tokens, which no mask can do")
         if self.attention not in ("sdpa", "eager"):
             return _row(None, None, None, f"{self.attention} takes no mask of this kind: load the model with sdpa")
         with wrap(self.model, pruners) as session:
@@ -205,6 +213,8 @@ class Proof:
 
     def oracle(self) -> CheckRow:
         """Cached generation equals one pass over prompt and answer without a cache."""
+        if any(isinstance(method, Selector) and method.shrink_early_layers for method in self.methods):
+            return _row(None, None, None, "the answer sees less than the prompt did, so one pass cannot show it")
         with wrap(self.model, self.methods) as session:
             ids, logits = self.generate()
             decided = _decisions(session)

@@ -37,7 +37,7 @@ class Report:
         prompt_tokens: per sample, without padding.
         visual_tokens: per sample.
         visual_per_layer: per sample, visual tokens in each decoder layer.
-        kv_bytes: keys and values after the prefill over all samples, without padding.
+        kv_bytes: keys and values held after the prefill over all samples, without padding.
         kv_bytes_full: the same without pruning.
         prefill_macs, prefill_macs_full: multiply-accumulates of the decoder layers over all samples.
         stages: pruning stages in order of layer.
@@ -113,9 +113,11 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
     """
     prompt = plan.real.sum(1).tolist()
     visual = plan.visual.sum(1).tolist()
-    left = [_visual_per_sample(plan, plan.stage(layer)) for layer in range(dims.num_layers)]
-    per_layer = [[left[layer][row] for layer in range(dims.num_layers)] for row in range(len(prompt))]
-    tokens = [[prompt[row] - visual[row] + n for n in counts] for row, counts in enumerate(per_layer)]
+    text = [n - v for n, v in zip(prompt, visual, strict=True)]
+    per_layer = _per_sample(plan, [plan.stage(layer) for layer in range(dims.num_layers)])
+    held = _per_sample(plan, [plan.holding(layer) for layer in range(dims.num_layers)])
+    tokens = [[text[row] + n for n in counts] for row, counts in enumerate(per_layer)]
+    cached = [[text[row] + n for n in counts] for row, counts in enumerate(held)]
     full = [[prompt[row]] * dims.num_layers for row in range(len(prompt))]
     return Report(
         spec=spec,
@@ -124,7 +126,7 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
         prompt_tokens=prompt,
         visual_tokens=visual,
         visual_per_layer=per_layer,
-        kv_bytes=sum(kv_bytes(dims, row, bytes_per_value) for row in tokens),
+        kv_bytes=sum(kv_bytes(dims, row, bytes_per_value) for row in cached),
         kv_bytes_full=sum(kv_bytes(dims, row, bytes_per_value) for row in full),
         prefill_macs=sum(prefill_macs(dims, row) for row in tokens),
         prefill_macs_full=sum(prefill_macs(dims, row) for row in full),
@@ -145,9 +147,15 @@ def _positions(plan: Plan, stage: Stage | None) -> list[list[int]]:
     ]
 
 
-def _visual_per_sample(plan: Plan, stage: Stage | None) -> list[int]:
+def _per_sample(plan: Plan, stages: Sequence[Stage | None]) -> list[list[int]]:
+    """Per sample the visual tokens of the stage of every layer."""
     visual: Sequence[Sequence[bool]] = plan.visual.tolist()
-    return [sum(visual[row][c] for c in columns) for row, columns in enumerate(_positions(plan, stage))]
+    counts: dict[int, list[int]] = {}
+    for stage in stages:
+        if id(stage) not in counts:
+            columns = _positions(plan, stage)
+            counts[id(stage)] = [sum(visual[row][c] for c in mine) for row, mine in enumerate(columns)]
+    return [[counts[id(stage)][row] for stage in stages] for row in range(len(visual))]
 
 
 def _kept(plan: Plan, stage: Stage) -> list[list[list[int]]]:

@@ -19,6 +19,7 @@ from vlmattn.methods.base import Method
 from vlmattn.patches import families as family_registry
 from vlmattn.patches.engine import Engine
 from vlmattn.patches.stats import Statistic, collect
+from vlmattn.patches.text_tower import TextTower as TextTower
 from vlmattn.patches.vision import VisionStore as VisionStore
 from vlmattn.report import Report
 from vlmattn.spans import Geometry
@@ -30,20 +31,22 @@ if TYPE_CHECKING:
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
-def wrap(model: nn.Module, spec: specs.Spec, processor: Any = None) -> Session:
+def wrap(model: nn.Module, spec: specs.Spec, processor: Any = None, *, text_tower: TextTower | None = None) -> Session:
     """Install methods on a pretrained vision-language model. **The model is changed in place until `remove()`.**
 
     Args:
         model: a supported transformers model with its language-model head, in eval mode when it runs.
         spec: text such as `"fastv(keep=0.5)"`, a method object, a list of both, or `"none"` for a session that only
             reports.
-        processor: the model's processor; needed by `session.geometry`.
+        processor: the model's processor; needed by `session.geometry`, and by methods that read the question.
+        text_tower: `vlmattn.TextTower`, the text half of the CLIP model that the vision tower is from; needed by
+            methods that compare patches with the question.
 
     Returns:
         The session, also usable as a context manager.
 
     Raises:
-        UnsupportedModelError: no family file describes the model.
+        UnsupportedModelError: no family file describes the model, or it lacks what a method requires.
         SpecError, BudgetError, LayerError: the spec is wrong or does not fit the model.
         AlreadyWrappedError: the model carries a session already.
     """
@@ -55,7 +58,7 @@ def wrap(model: nn.Module, spec: specs.Spec, processor: Any = None) -> Session:
             f"this model already carries the session {first.spec!r}: "
             "call its remove() first, or join the specs with '+'"
         )
-    engine = Engine(model, methods)
+    engine = Engine(model, methods, text_tower)
     engine.install()
     session = Session(engine, processor)
     _SESSIONS[model] = weakref.ref(session)
@@ -158,6 +161,22 @@ class Session:
         gives.
         """
         with self._engine.prompt_ends(length):
+            yield
+
+    @contextmanager
+    def question(self, asked: str | Sequence[str]) -> Iterator[None]:
+        """Inside, `asked` is what is compared with the image, instead of the text behind it in the prompt.
+
+        Args:
+            asked: one question for all samples of a batch, or a list of one each.
+
+        Raises:
+            CallError: there is no question.
+        """
+        questions = [asked] if isinstance(asked, str) else list(asked)
+        if not questions or not all(isinstance(question, str) for question in questions):
+            raise CallError(f"question({asked!r}): give a text, or a list of one text a sample")
+        with self._engine.question(questions):
             yield
 
     def stats(self) -> Mapping[str, Statistic]:

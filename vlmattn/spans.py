@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,12 @@ class Geometry:
         column = int((x - self.origin[0]) // self.cell[0])
         row = int((y - self.origin[1]) // self.cell[1])
         return row * w + column if 0 <= column < w and 0 <= row < h else None
+
+
+def squarest(total: int) -> tuple[int, int, int]:
+    """The `(1, h, w)` of `total` tokens that is nearest to a square, h <= w."""
+    height = next(h for h in range(math.isqrt(total), 0, -1) if total % h == 0)
+    return 1, height, total // height
 
 
 def find_spans(visual: Tensor, tokens_per_image: int | None) -> list[list[Span]]:

@@ -82,7 +82,9 @@ def specs_for(specs: Iterable[str], *, num_layers: int, seeds: int = 1) -> dict[
             continue
         layers = [pruner.resolve_layer(num_layers) for pruner in pruners]
         empty.append(f"noimage(before_layer={min(layers)})")
-        if all(pruner.name == "random" for pruner in pruners) or not all(hasattr(p, "keep") for p in pruners):
+        if all(pruner.name == "random" for pruner in pruners) or not all(
+            getattr(pruner, "keep", None) is not None for pruner in pruners
+        ):
             continue
         for seed in range(seeds):
             stages = zip(pruners, layers, strict=True)
@@ -193,19 +195,12 @@ def collapse(base: Tally, other: Tally) -> dict[str, str]:
 def _resolved(methods: Iterable[Any], num_layers: int) -> str:
     from vlmattn import spec as language
 
-    return language.text(
-        [
-            dataclasses.replace(method, before_layer=method.resolve_layer(num_layers))
-            if method.kind == "prune"
-            else method
-            for method in methods
-        ]
-    )
+    return language.text([method.resolved(num_layers) if method.kind == "prune" else method for method in methods])
 
 
 def _random(pruner: Any, layer: int, seed: int) -> str:
     """Spec text of the random stage that stands in for a pruner."""
-    scope = "" if pruner.budget_scope == "image" else f", budget_scope={pruner.budget_scope}"
+    scope = "" if getattr(pruner, "budget_scope", "image") == "image" else f", budget_scope={pruner.budget_scope}"
     draw = f", seed={seed}" if seed else ""
     return f"random(keep={pruner.keep!r}, before_layer={layer}{scope}{draw})"
 

@@ -7,9 +7,10 @@ registry, and with that into the spec language, the CLI, the README table and th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from vlmattn import budget
 from vlmattn.edits import AttnEdit, Keep, Tags
 from vlmattn.errors import LayerError, SpecError
-from vlmattn.spans import Span
+from vlmattn.methods.views import Attention, LayerView, Look, View
 
 REGISTRY: dict[str, type[Method]] = {}
 
@@ -65,7 +66,8 @@ class Method(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the engine must compute for this method; see `View`."""
+        """What the engine must provide for this method: `layer_input`, `layer_keys`, `text_rows`, `projector`, `norms`
+        or `content_key` for a `View`, `sink_dims` for a `LayerView`, `text_stream` for a `HeadGain`."""
         return frozenset()
 
     @property
@@ -109,52 +111,34 @@ def _literal(value: Any) -> str:
     return value if isinstance(value, str) and value.isidentifier() else repr(value)
 
 
-@dataclass(frozen=True)
-class View:
-    """What a pruner sees of a batch just before decoder layer `layer`: visual tokens only, in order, padded at the end.
-
-    Attributes:
-        layer: the decoder layer whose input is pruned; 0 is the entry of the text model.
-        image: `(B, V)` long, index of the image within the sample, -1 at padding.
-        counts: `(B, G)` long, visual tokens of each image.
-        spans: per sample the spans as they stood in the prompt.
-        index: `(B, V)` long, index of the token within its image as it stood in the prompt.
-        hidden: `(B, V, C)` the visual rows of the layer input, in the model's dtype; None if `layer_input` is not
-            needed.
-        scores: `(B, V)` fp32, attention received (mean over heads, probabilities over all keys) in layer `layer - 1`
-            from
-            the rows that `needs` names: `last_row_scores`, `text_row_scores` or `all_row_scores`; None if not asked
-                for.
-        keys: per sample and image an int that depends only on the sample's text and the image's pixels, for
-            reproducible draws whatever the batch; None if `content_key` is not needed.
-    """
-
-    layer: int
-    image: Tensor
-    counts: Tensor
-    spans: tuple[tuple[Span, ...], ...]
-    index: Tensor
-    hidden: Tensor | None = None
-    scores: Tensor | None = None
-    keys: tuple[tuple[int, ...], ...] | None = None
-
-
 SCOPES = ("image", "sample")
+POSITIONS = ("original", "compact")
 
 
 class Selector(Method):
-    """Decides which visual tokens stay before one decoder layer.
+    """Decides which visual tokens stay before one decoder layer or several.
 
     A subclass is a frozen dataclass with a field `before_layer` and implements `select` and `left`. Most methods keep a
     share or a number of the tokens: they start from `Pruner`.
+
+    Attributes:
+        paper_layers: the paper's layers in a model of `paper_depth` layers, one for each stage.
+        any_stages: whether `before_layer` may name other numbers of stages than the paper has.
+        min_layer: the first layer that can be pruned.
+        entry_only: whether it acts on what enters the text model, so that its first stage is at layer 0.
+        positions, shrink_early_layers: see `Pruner`.
     """
 
     kind: ClassVar[str] = "prune"
-    paper_layer: ClassVar[int] = 0
+    paper_layers: ClassVar[tuple[int, ...]] = (0,)
     paper_depth: ClassVar[int] = 32
+    any_stages: ClassVar[bool] = False
     min_layer: ClassVar[int] = 0
+    entry_only: ClassVar[bool] = False
 
-    before_layer: int | None
+    before_layer: int | tuple[int, ...] | None
+    positions: str = "original"
+    shrink_early_layers: bool = False
 
     def __post_init__(self) -> None:
         """Validate `before_layer`.
@@ -162,72 +146,158 @@ class Selector(Method):
         Raises:
             LayerError: it is no layer, or too early for this method.
         """
-        layer = self.before_layer
-        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
-            raise LayerError(f"{self.name}.before_layer={layer!r} is not a layer: give an int, or None for the paper's")
-        if layer is not None and layer < self.min_layer:
-            why = "" if self.min_layer == 0 else " (it scores with the attention of the layer before)"
-            raise LayerError(
-                f"{self.name}.before_layer={layer} is too early: the first possible is {self.min_layer}{why}"
-            )
+        given = self.before_layer
+        if given is None:
+            return
+        if isinstance(given, list):
+            object.__setattr__(self, "before_layer", tuple(given))
+        count, said = len(self.paper_layers), f"{self.name}.before_layer={given!r}"
+        wanted = "an int" if count == 1 else f"{count} ints such as {self.paper_layers}"
+        layers = (given,) if isinstance(given, int) else given
+        if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
+            raise LayerError(f"{said} is not a layer: give {wanted}, or None for the paper's")
+        if not layers or (len(layers) != count and not self.any_stages):
+            raise LayerError(f"{said}: give {wanted}, one for each stage, or None for the paper's")
+        if any(b <= a for a, b in itertools.pairwise(layers)):
+            raise LayerError(f"{said}: the layers of the stages must ascend")
+        if self.entry_only and layers[0] != 0:
+            raise LayerError(f"{said} is too late: it acts on what comes out of the projector, before layer 0")
+        if layers[0] < self.min_layer:
+            why = "" if self.min_layer == 0 else " (it ranks by what happens inside the decoder)"
+            raise LayerError(f"{said} is too early: the first possible is {self.min_layer}{why}")
 
-    def resolve_layer(self, num_layers: int) -> int:
-        """The decoder layer to prune before, in a model of `num_layers` layers.
+    def stages(self, num_layers: int) -> tuple[int, ...]:
+        """The decoder layers to prune before, ascending, in a model of `num_layers` layers.
 
         Raises:
-            LayerError: the model has no such layer.
+            LayerError: the model has no such layer, or too few for all stages.
         """
-        if self.before_layer is None:
-            scaled = math.floor(self.paper_layer * num_layers / self.paper_depth + 0.5)
-            return min(max(scaled, self.min_layer), num_layers - 1)
-        if self.before_layer >= num_layers:
+        given = self.before_layer
+        if given is None:
+            return self._paper_stages(num_layers)
+        layers = (given,) if isinstance(given, int) else given
+        if layers[-1] >= num_layers:
             raise LayerError(
                 f"{self}: this model has {num_layers} decoder layers, before_layer must be between {self.min_layer} "
                 f"and {num_layers - 1}"
             )
-        return self.before_layer
+        return layers
+
+    def _paper_stages(self, num_layers: int) -> tuple[int, ...]:
+        """The paper's layers at this depth: each at least one behind the one before it, the last within the model."""
+        layers: list[int] = []
+        for layer in self.paper_layers:
+            scaled = math.floor(layer * num_layers / self.paper_depth + 0.5)
+            layers.append(max(scaled, self.min_layer, layers[-1] + 1 if layers else 0))
+        count = len(layers)
+        layers = [min(layer, num_layers - count + place) for place, layer in enumerate(layers)]
+        if layers[0] < self.min_layer:
+            raise LayerError(
+                f"{self}: {count} stages from layer {self.min_layer} on do not fit a model of {num_layers} layers"
+            )
+        return tuple(layers)
+
+    def resolve_layer(self, num_layers: int) -> int:
+        """The decoder layer of the first stage, in a model of `num_layers` layers.
+
+        Raises:
+            LayerError: the model has no such layer.
+        """
+        return self.stages(num_layers)[0]
+
+    def resolved(self, num_layers: int) -> Selector:
+        """The same method with its layers written out for a model of `num_layers` layers."""
+        layers = self.stages(num_layers)
+        written: Any = {"before_layer": layers if len(layers) > 1 else layers[0]}
+        return dataclasses.replace(self, **written)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the number of tokens that stay depends on the image; `expected_tokens` then tells the average."""
+        return False
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens that stay take up values of others, see `Keep.rows`."""
+        return False
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What a model must have, by the names that families use for their capabilities."""
+        return frozenset({"flat_positions"}) if self.positions == "compact" else frozenset()
+
+    @property
+    def attention(self) -> Attention | None:
+        """The decoder's attention that is wanted as `View.scores`."""
+        return None
+
+    @property
+    def looks(self) -> Mapping[str, Look]:
+        """What is wanted of the vision tower as `View.vision`, by a name of the method's own."""
+        return {}
+
+    def query_rows(self, view: LayerView) -> Tensor:
+        """`(B, N)` bool, the rows behind `Attention(rows="own")`, chosen from the input of the text model.
+
+        At least one real row of every sample with visual tokens; visual tokens that are dropped later count no more.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement query_rows(view)")
 
     def select(self, view: View) -> Keep:
         """The tokens that stay."""
         raise NotImplementedError(f"{type(self).__name__} must implement select(view)")
 
-    def left(self, visual: int, grid: tuple[int, int, int] | None = None) -> int:
-        """How many of the `visual` tokens of an image stay; `grid` as in `expected_tokens`."""
-        raise NotImplementedError(f"{type(self).__name__} must implement left(visual, grid)")
+    def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
+        """How many of the `visual` tokens of an image are left after a stage; `grid` as in `expected_tokens`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement left(visual, grid, stage)")
 
     def expected_tokens(self, visual: int, num_layers: int, grid: tuple[int, int, int] | None = None) -> list[int]:
-        """All visual tokens up to `before_layer`, from there on those that are left."""
-        first = self.resolve_layer(num_layers)
-        kept = self.left(visual, grid) if visual and not self.is_noop else visual
-        return [visual if layer < first else kept for layer in range(num_layers)]
+        """All visual tokens up to the first stage, from there on those that the stages leave."""
+        stages = self.stages(num_layers)
+        counts = [visual] * num_layers
+        if visual and not self.is_noop:
+            for stage, layer in enumerate(stages):
+                counts[layer:] = [self.left(visual, grid, stage)] * (num_layers - layer)
+        return counts
 
 
 @dataclass(frozen=True)
 class Pruner(Selector):
-    """Keeps a part of the visual tokens before one decoder layer.
+    """Keeps a part of the visual tokens before one decoder layer or several.
 
-    A subclass implements `score` (higher stays; equal scores: the lower index stays) or `select`. The base resolves
-    budgets, order, several images and unequal rows. A `select` that keeps other numbers than `keep` says comes with a
-    `left` that tells them.
+    A subclass implements `score` (higher stays; equal scores: the lower index stays) or `select`, and `quota` if it
+    has a rounding or stages of its own. The base resolves budgets, order, several images and unequal rows. A `select`
+    that keeps other numbers than `quota` says comes with a `left` that tells them.
 
     Raises:
         BudgetError, LayerError, SpecError: a parameter is out of range.
     """
 
     keep: float | int = param(0.5, "share (float in (0, 1]) or number (int) of the arriving visual tokens that stays")
-    before_layer: int | None = param(
+    before_layer: int | tuple[int, ...] | None = param(
         None, "0-indexed decoder layer whose input is pruned (0: before the LLM); None: the paper's layer at this depth"
     )
     budget_scope: str = param(
         "image", "'image': the budget holds for every image; 'sample': for all images of a prompt"
     )
+    positions: str = param("original", "'original': kept tokens keep their positions; 'compact': they are renumbered")
+    shrink_early_layers: bool = param(
+        False, "after the prefill dropped tokens leave the caches of the layers below as well"
+    )
 
     def __post_init__(self) -> None:
         """Validate the fields."""
         budget.check(self.keep, f"{self.name}.keep")
-        if self.budget_scope not in SCOPES:
-            raise SpecError(f"{self.name}.budget_scope={self.budget_scope!r}: expected one of {', '.join(SCOPES)}")
+        for field, words in (("budget_scope", SCOPES), ("positions", POSITIONS)):
+            self._one_of(field, words)
+        if not isinstance(self.shrink_early_layers, bool):
+            raise SpecError(f"{self.name}.shrink_early_layers={self.shrink_early_layers!r}: expected True or False")
         super().__post_init__()
+
+    def _one_of(self, field: str, words: Sequence[str]) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, str) or value not in words:
+            raise SpecError(f"{self.name}.{field}={value!r}: expected one of {', '.join(words)}")
 
     @property
     def is_noop(self) -> bool:
@@ -238,6 +308,10 @@ class Pruner(Selector):
         """The same pruner with `keep=1.0`."""
         return dataclasses.replace(self, keep=1.0)
 
+    def quota(self, arriving: int, length: int, stage: int) -> int:
+        """How many of the `arriving` tokens of an image with `length` tokens in the prompt stay, both at least 1."""
+        return budget.count(arriving, self.keep)
+
     def score(self, view: View) -> Tensor:
         """`(B, V)` float, higher stays."""
         raise NotImplementedError(f"{type(self).__name__} must implement score(view) or select(view)")
@@ -247,36 +321,24 @@ class Pruner(Selector):
         group, counts = self.groups(view)
         return Keep.top(self.score(view), group, counts)
 
-    def left(self, visual: int, grid: tuple[int, int, int] | None = None) -> int:
-        """The budget of one image."""
-        return budget.count(visual, self.keep)
+    def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
+        """What the quotas of the stages leave of one image."""
+        left = visual
+        for earlier in range(stage + 1):
+            left = self.quota(left, visual, earlier)
+        return left
 
     def groups(self, view: View) -> tuple[Tensor, Tensor]:
         """`(B, V)` the budget group of every token and `(B, G)` how many of each group stay."""
+        group, arriving, lengths = view.image, view.counts.tolist(), view.lengths
         if self.budget_scope == "sample":
-            group, present = view.image.clamp_max(0), view.counts.sum(1, keepdim=True)
-        else:
-            group, present = view.image, view.counts
-        kept = [[budget.count(n, self.keep) if n else 0 for n in row] for row in present.tolist()]
+            group = group.clamp_max(0)
+            arriving, lengths = [[sum(row)] for row in arriving], [[sum(row)] for row in lengths]
+        kept = [
+            [self.quota(n, total, view.stage) if n else 0 for n, total in zip(row, totals, strict=True)]
+            for row, totals in zip(arriving, lengths, strict=True)
+        ]
         return group, torch.tensor(kept, dtype=torch.long, device=view.image.device)
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """What an editor sees of a prompt when it enters a decoder layer, after pruning.
-
-    Attributes:
-        hidden: `(B, S, C)` the layer's input, in the model's dtype.
-        visual: `(B, S)` bool.
-        real: `(B, S)` bool, False at padding.
-        sink_dims: hidden dimensions that carry massive activations in this checkpoint; None if `sink_dims` is not
-            needed.
-    """
-
-    hidden: Tensor
-    visual: Tensor
-    real: Tensor
-    sink_dims: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +37,17 @@ class Work:
     """What one attention call has to do beside attending.
 
     Attributes:
-        score_rows: `(B, N)` bool, query rows whose attention every key's score averages; None: no scores.
-        put_scores: receives the scores, `(B, N)` fp32.
+        score: what `attention_received` takes beside queries and keys: `rows`, `over`, `heads`; None: no scores.
+        put_scores: receives the scores, fp32.
+        put_keys: receives the rotated keys, `(B, Hkv, N, D)`; None: nobody asks.
         request: the edit and the statistics wanted; None: neither.
         put_statistics: receives the statistics, `(B, H, 4)` fp32.
         backend: which implementation serves the request; None: the fastest.
     """
 
-    score_rows: Tensor | None = None
+    score: Mapping[str, Any] | None = None
     put_scores: Callable[[Tensor], None] | None = None
+    put_keys: Callable[[Tensor], None] | None = None
     request: Request | None = None
     put_statistics: Callable[[Tensor], None] | None = None
     backend: str | None = None
@@ -95,8 +97,10 @@ class Registration:
             return out, weights
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if work.put_scores is not None and work.score_rows is not None:
-            work.put_scores(attention_received(query, key, attention_mask, scaling, work.score_rows))
+        if work.put_scores is not None and work.score is not None:
+            work.put_scores(attention_received(query, key, attention_mask, scaling, **work.score))
+        if work.put_keys is not None:
+            work.put_keys(key)
         if work.request is not None:
             serve = backend(work.backend)
             out, statistics = serve(query, key, value, attention_mask, scaling, out, work.request)

@@ -7,6 +7,7 @@ the text model it must report the logical length, and inside the physical one (t
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vlmattn.errors import CallError
-from vlmattn.plan import Plan
+from vlmattn.plan import Plan, Stage
 
 
 class PlannedCache(DynamicCache):
@@ -151,6 +152,39 @@ def set_dropped(cache: Any, dropped: int) -> None:
         logical.inside = False
         cache.layers[0] = layer = logical
     layer.dropped = dropped
+
+
+def shrink(cache: Any, plan: Plan) -> None:
+    """End of a prefill: layers below a stage that shrinks them keep only the tokens of that stage."""
+    last = next((stage for stage in reversed(plan.stages) if stage.shrinks), None)
+    if last is None:
+        return
+    for index, layer in enumerate(cache.layers[: last.layer]):
+        slots = _slots(plan, plan.stage(index), last)
+        places = slots[:, None, :, None].to(layer.keys.device)
+        for name in ("keys", "values"):
+            held = getattr(layer, name)
+            setattr(layer, name, held.gather(2, places.expand(-1, held.shape[1], -1, held.shape[3])))
+        if index in plan.tags:
+            plan.tags[index] = plan.tags[index].at(slots, last.valid)
+    held_stages = []
+    for first in sorted({0, *(stage.layer for stage in plan.stages)}):
+        own = plan.stage(first)
+        stage = last if own is None or first < last.layer else own
+        base, shift = _slots(plan, last, stage), None if own is None else own.shift
+        held_stages.append(dataclasses.replace(stage, layer=first, base=base, rotary=None, shift=shift))
+    plan.held = held_stages
+    set_dropped(cache, plan.dropped_at_entry)
+
+
+def _slots(plan: Plan, before: Stage | None, after: Stage) -> torch.Tensor:
+    """`(B, M)` long, the slots of the tokens of one stage among those of an earlier one; any slot for a filler."""
+    if before is None:
+        return after.positions
+    columns = before.positions if before.valid is None else before.positions.where(before.valid, plan.length)
+    slots = columns.new_zeros(len(columns), plan.length + 1)
+    slots.scatter_(1, columns, torch.arange(before.size, device=columns.device).expand_as(columns))
+    return slots.gather(1, after.positions)
 
 
 def set_inside(cache: Any, inside: bool) -> None:

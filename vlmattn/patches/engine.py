@@ -21,15 +21,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vlmattn import presets
 from vlmattn.cost import Dims
-from vlmattn.errors import CallError, SpecError, VlmattnWarning
-from vlmattn.methods.base import Editor, HeadGain, Method, Selector
+from vlmattn.errors import CallError, VlmattnWarning
+from vlmattn.methods.base import Look, Method
+from vlmattn.methods.views import Paired
 from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
 from vlmattn.patches.attention import Registration, is_living
-from vlmattn.patches.passes import Pass, Program, begin_decode, begin_prefill
-from vlmattn.patches.prompt import read_prompt
+from vlmattn.patches.decoder import Decoder
+from vlmattn.patches.passes import Pass, begin_decode, begin_prefill
+from vlmattn.patches.program import Program, compile_program
+from vlmattn.patches.prompt import Seen, read_prompt
+from vlmattn.patches.text_tower import TextTower, read_questions
+from vlmattn.patches.tower import looking
 from vlmattn.patches.vision import VisionStore, shared, tapped
 from vlmattn.plan import Plan
 
@@ -50,13 +54,15 @@ class Engine:
     Args:
         model: a supported vision-language model with its language-model head.
         methods: what to install.
+        text_tower: the text half of the vision tower's CLIP model, for methods that compare patches with the question.
 
     Raises:
-        UnsupportedModelError: no family describes the model, or its attention implementation cannot be served.
+        UnsupportedModelError: no family describes the model, its attention implementation cannot be served, it lacks
+            what a method requires, or the text tower is not its vision tower's.
         LayerError, SpecError: a method does not fit this model, or two methods collide.
     """
 
-    def __init__(self, model: nn.Module, methods: Sequence[Method]) -> None:
+    def __init__(self, model: nn.Module, methods: Sequence[Method], text_tower: TextTower | None = None) -> None:
         self.model = model
         self.family = families.find(model)
         self.config: Any = model.config
@@ -64,6 +70,11 @@ class Engine:
         self.text_model = self.family.part(model, "text_model")
         self.layers = list(getattr(self.text_model, self.family.layers))
         self.dims = Dims.from_config(self.text_model.config)
+        self.decoder = Decoder(model, self.family, self.dims.heads)
+        self.text_tower = text_tower
+        self.capabilities = self.family.capabilities | ({"text_tower"} if text_tower else set())
+        if text_tower is not None:
+            text_tower.check(self.family.part(model, "vision_tower"))
         self.last: Plan | None = None
         self.owner: Any = None
         self.store: VisionStore | None = None
@@ -74,7 +85,7 @@ class Engine:
         self._setup = ExitStack()
         self._stack = ExitStack()
         self.methods: tuple[Method, ...] = tuple(methods)
-        self.program = compile_program(methods, self.config, self.dims)
+        self.program = self._compile(methods)
         self._told = self._told_embeddings = False
         self._tell_inactive()
 
@@ -106,7 +117,7 @@ class Engine:
             backend: attention backend; None: as before.
         """
         program = dataclasses.replace(
-            compile_program(methods, self.config, self.dims),
+            self._compile(methods),
             record=self.program.record if record is None else record,
             backend=self.program.backend if backend is None else backend,
         )
@@ -118,6 +129,9 @@ class Engine:
             self.methods, self.program = before
             raise
         self._configure()
+
+    def _compile(self, methods: Sequence[Method]) -> Program:
+        return compile_program(methods, self.config, self.dims, self.family, self.capabilities)
 
     def share(self, store: VisionStore | None) -> None:
         """Take vision features from a store, or None: compute them.
@@ -140,7 +154,7 @@ class Engine:
                 projection = operator.attrgetter(self.family.output_projection)(self.layers[index])
                 hook = functools.partial(self._on_heads, index)
                 stack.callback(projection.register_forward_pre_hook(hook).remove)
-            if self.store is not None and not self.program.looks_inside_tower:
+            if self.store is not None and not self.program.looks:
                 for name in self.family.feature_methods:
                     original = getattr(self.multimodal, name)
                     behind = shared(original, self.store, self.model, self.multimodal, self.text_model)
@@ -149,6 +163,12 @@ class Engine:
                 for place, (name, split) in enumerate(self.family.feature_methods.items()):
                     put = functools.partial(self._put_keys, place)
                     self._replace(stack, self.multimodal, name, tapped(getattr(self.multimodal, name), split, put))
+            if self.program.looks:
+                parts = self.family.tower(self.model)
+                for place, name in enumerate(self.family.feature_methods):
+                    put = functools.partial(self._put_looks, place)
+                    behind = looking(getattr(self.multimodal, name), parts, self.program.looks, put)
+                    self._replace(stack, self.multimodal, name, behind)
             self._setup = stack.pop_all()
 
     def _tell_inactive(self) -> None:
@@ -227,12 +247,12 @@ class Engine:
 
     def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Whatever happened, the next call starts from nothing."""
-        for name in ("call", "keys"):
+        for name in ("call", "keys", "looks"):
             self._local.__dict__.pop(name, None)
 
     def _on_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: _Call | None = self._local.__dict__.pop("call", None)
-        keys: dict[int, list[int]] = self._local.__dict__.pop("keys", {})
+        seen = Seen(self._local.__dict__.pop("keys", {}), self._local.__dict__.pop("looks", {}))
         config: Any = self.text_model.config
         if self.program.acts and not is_living(config):
             raise CallError(
@@ -249,8 +269,10 @@ class Engine:
                     raise CallError("visual tokens are found by their ids: pass input_ids, not inputs_embeds")
                 return None
             ahead = max(call.ids.shape[1] - (self._local.__dict__.get("prompt_length") or call.ids.shape[1]), 0)
-            plan = read_prompt(self.family, self.config, call.ids, ahead, arguments, keys)
+            plan = read_prompt(self.family, self.config, call.ids, ahead, arguments, seen)
             if plan is not None:
+                if self.program.compares:
+                    plan.paired = self._pair(call.ids, plan)
                 live, changed = begin_prefill(self, plan, arguments)
                 self.last = live.plan
                 return self._enter(live, changed)
@@ -258,8 +280,30 @@ class Engine:
         if plan is None and self.program.acts and call is not None and call.ids is None:
             self._tell_embeddings()
         if plan is not None:
-            return self._enter(*begin_decode(plan, self.program, arguments))
+            return self._enter(*begin_decode(plan, self.program, self.decoder, arguments))
         return None
+
+    def _pair(self, ids: Tensor, plan: Plan) -> Paired:
+        """The question of every row of `ids`, embedded by the text tower."""
+        assert self.text_tower is not None
+        asked: tuple[str, ...] = self._local.__dict__.get("questions", ())
+        tokenizer = getattr(self.owner.processor, "tokenizer", None)
+        if not asked and tokenizer is None:
+            raise CallError(
+                f"{self.program.compares[0]} compares patches with the question: wrap the model with "
+                "processor=processor, so that it can be read, or say it in `with session.question(...)`"
+            )
+        return self.text_tower.pair(asked or read_questions(ids, plan, tokenizer), len(ids))
+
+    @contextmanager
+    def question(self, asked: Sequence[str]) -> Iterator[None]:
+        """Inside, `asked` are the questions of this thread's prompts, one for all rows or one a row."""
+        before = self._local.__dict__.get("questions", ())
+        self._local.questions = tuple(asked)
+        try:
+            yield
+        finally:
+            self._local.questions = before
 
     def _enter(self, live: Pass, changed: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if live.busy:
@@ -275,6 +319,8 @@ class Engine:
         if live is None or output is None:
             return None
         plan = live.plan
+        if live.prefill and cache is not None:
+            caches.shrink(cache, plan)
         plan.settle()
         if live.statistics:
             plan.steps.append({layer: rows[: plan.samples] for layer, rows in live.statistics.items()})
@@ -299,6 +345,9 @@ class Engine:
 
     def _put_keys(self, place: int, keys: list[int]) -> None:
         self._local.__dict__.setdefault("keys", {})[place] = keys
+
+    def _put_looks(self, place: int, looks: dict[Look, list[Tensor]]) -> None:
+        self._local.__dict__.setdefault("looks", {})[place] = looks
 
     @contextmanager
     def prompt_ends(self, length: int | None) -> Iterator[None]:
@@ -326,7 +375,8 @@ class Engine:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            self._local.__dict__.pop("keys", None)
+            for name in ("keys", "looks"):
+                self._local.__dict__.pop(name, None)
             if self.program.changes:
                 given = signature.bind(*args, **kwargs).arguments
                 options = given.get("kwargs", {}) | {k: v for k, v in given.items() if k != "kwargs"}
@@ -343,40 +393,6 @@ class Engine:
             return original(*args, **kwargs)
 
         return generate
-
-
-def compile_program(methods: Sequence[Method], config: Any, dims: Dims) -> Program:
-    """Sort methods by the layers they act in.
-
-    Args:
-        methods: in the order of the spec.
-        config: of the wrapped model.
-        dims: sizes of its decoder.
-
-    Raises:
-        LayerError: a method does not fit this depth.
-        SpecError: two methods do the same thing in the same layer, a kind is unknown, or a preset is missing.
-    """
-    program = Program()
-    for method in methods:
-        if isinstance(method, Selector):
-            table: dict[int, Any] = program.pruners
-            layers, act = [method.resolve_layer(dims.num_layers)], "prune before"
-        elif isinstance(method, Editor):
-            table, layers, act = program.editors, list(method.layers(dims.num_layers)), "edit attention in"
-        elif isinstance(method, HeadGain):
-            table, layers, act = program.heads, method.layers(dims.num_layers), "scale heads in"
-        else:
-            raise SpecError(f"{method} is of kind {method.kind!r}, which this version cannot install")
-        if method.is_noop:
-            continue
-        for layer in layers:
-            if layer in table:
-                raise SpecError(f"{table[layer]} and {method} both {act} layer {layer}: give one of them other layers")
-            table[layer] = method
-    if "sink_dims" in program.needs:
-        program = dataclasses.replace(program, sink_dims=presets.sink_dims(config))
-    return program
 
 
 REFUSED_OPTIONS: dict[str, Callable[[Any], bool]] = {

@@ -12,60 +12,26 @@ from torch import Tensor
 from vlmattn.edits import NOT_A_KEY, TEXT, VISUAL, Tags
 from vlmattn.errors import CallError
 from vlmattn.kernels.rows import Request
-from vlmattn.methods.base import Editor, HeadGain, LayerView, Selector
+from vlmattn.methods.base import Editor, LayerView
 from vlmattn.patches import cache as caches
 from vlmattn.patches import streams
 from vlmattn.patches.attention import PRIVATE, Work
-from vlmattn.patches.selection import choose, frame, query_rows
-from vlmattn.patches.vision import INSIDE
+from vlmattn.patches.decoder import Decoder
+from vlmattn.patches.program import Program
+from vlmattn.patches.selection import (
+    Chosen,
+    Turn,
+    choose,
+    choose_query_rows,
+    frame,
+    query_rows,
+    score_options,
+    wants_scores,
+)
 from vlmattn.plan import Plan, Stage, decode_mask, gather_rows, prefill_mask
 
 if TYPE_CHECKING:
     from vlmattn.patches.engine import Engine
-
-SCORE_NEEDS = ("last_row_scores", "text_row_scores", "all_row_scores")
-
-
-@dataclass(frozen=True)
-class Program:
-    """The methods of a session as the layers of one model need them.
-
-    Attributes:
-        pruners: by the layer they prune before.
-        editors: by edited layer.
-        heads: by reinforced layer.
-        sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
-        record: whether statistics are kept.
-        backend: attention backend; None: the fastest.
-    """
-
-    pruners: dict[int, Selector] = field(default_factory=dict)
-    editors: dict[int, Editor] = field(default_factory=dict)
-    heads: dict[int, HeadGain] = field(default_factory=dict)
-    sink_dims: tuple[int, ...] | None = None
-    record: bool = False
-    backend: str | None = None
-
-    @property
-    def changes(self) -> bool:
-        """Whether anything of the model's computation changes."""
-        return bool(self.pruners or self.editors or self.heads)
-
-    @property
-    def acts(self) -> bool:
-        """Whether there is anything to do in a generation with images."""
-        return self.changes or self.record
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Union of what the methods need."""
-        methods = [*self.pruners.values(), *self.editors.values(), *self.heads.values()]
-        return frozenset(need for method in methods for need in method.needs)
-
-    @property
-    def looks_inside_tower(self) -> bool:
-        """Whether a method sees what happens inside the vision tower, so that it must run for every prompt."""
-        return any(need.startswith(INSIDE) for need in self.needs)
 
 
 @dataclass
@@ -75,6 +41,7 @@ class Pass:
     Attributes:
         plan: the plan of the generation.
         program: what the layers do.
+        decoder: of the model.
         prefill: whether the prompt goes through now.
         new: keys after the prompt, this pass's tokens included.
         statistics: per layer what was recorded in this pass.
@@ -82,6 +49,7 @@ class Pass:
 
     plan: Plan
     program: Program
+    decoder: Decoder
     prefill: bool
     new: int = 0
     memo: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -96,16 +64,16 @@ class Pass:
         """Arguments of decoder layer `index`, or None to leave them as they are."""
         hidden = args[0] if args else kwargs["hidden_states"]
         changed = dict(kwargs)
-        stage = self.plan.stage(index)
-        pruner = self.program.pruners.get(index) if self.prefill and index else None
-        if pruner is not None:
-            stage, hidden = self._prune(pruner, index, hidden)
+        stage = self.plan.stage(index) if self.prefill else self.plan.holding(index)
+        turn = self.program.pruners.get(index) if self.prefill and index else None
+        if turn is not None:
+            stage, hidden = self._prune(turn, index, stage, hidden, kwargs)
         if stage is not None:
             self._swap(changed, stage.to(hidden.device), hidden)
-        work = self._work(index, stage, hidden)
+        work = self._work(index, stage, hidden, changed)
         if work is not None:
             changed[PRIVATE] = work
-        elif stage is None and pruner is None:
+        elif stage is None and turn is None:
             return None
         if args:
             return (hidden, *args[1:]), changed
@@ -119,7 +87,7 @@ class Pass:
         rows, length, width = joined.shape
         gain = self.plan.gains.get(index)
         if self.prefill and gain is None:
-            heads = self.memo["heads", 0]
+            heads = self.decoder.heads
             last = joined[:, -1 - self.plan.ahead].view(rows, heads, width // heads).float()
             half = self.plan.samples
             gain, divergence = method.gain(last[:half], last[half:])
@@ -133,44 +101,74 @@ class Pass:
         factor = gain.repeat(rows // gain.shape[0], 1).to(joined.device, joined.dtype)
         return (joined.view(rows, length, factor.shape[1], -1) * factor[:, None, :, None]).view_as(joined)
 
-    def _prune(self, pruner: Selector, index: int, hidden: Tensor) -> tuple[Stage | None, Tensor]:
-        before = self.plan.stage(index)
-        chosen = choose(pruner, index, hidden, self.plan)
+    def _prune(
+        self, turn: Turn, index: int, stage: Stage | None, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Stage | None, Tensor]:
+        attention = turn.pruner.attention
+        if attention is not None and attention.layer == "upcoming":
+            arriving = dict(kwargs)
+            if stage is not None:
+                self._swap(arriving, stage.to(hidden.device), hidden)
+            self._score(turn, index, stage, hidden, arriving, before=index)
+        chosen = choose(turn, index, hidden, self.plan, self.decoder)
         if chosen is None:
-            return before, hidden
-        stage, slots = chosen
-        self.plan.stages.append(stage)
-        return stage, gather_rows(hidden, slots.to(hidden.device))
+            return stage, hidden
+        self.plan.stages.append(chosen.stage)
+        return chosen.stage, chosen.hidden
 
     def _swap(self, kwargs: dict[str, Any], stage: Stage, hidden: Tensor) -> None:
+        """Masks and rotary tables of a stage in place of those of the base frame."""
         # cos and sin carry the positions; gapped ids would make flash attention believe in packed sequences
+        positions = kwargs["position_ids"]
         kwargs["position_ids"] = None
         if stage.layer == 0:
             return
         key = (str(hidden.device), stage.layer)
         if key not in self.memo:
-            mask = kwargs.get("attention_mask")
-            if not self.prefill:
-                self.memo[key] = decode_mask(mask, stage, self.plan.base_length, self.new, hidden.shape[0])
-            else:
-                cos, sin = kwargs["position_embeddings"]
-                tables = (gather_rows(cos, stage.base), gather_rows(sin, stage.base))
+            mask, (cos, sin) = kwargs.get("attention_mask"), kwargs["position_embeddings"]
+            if self.prefill:
+                taken = stage.base if stage.rotary is None else stage.rotary
+                tables = gather_rows(cos, taken), gather_rows(sin, taken)
                 self.memo[key] = tables, prefill_mask(mask, stage)
-        if self.prefill:
-            kwargs["position_embeddings"], kwargs["attention_mask"] = self.memo[key]
-        else:
-            kwargs["attention_mask"] = self.memo[key]
+            else:
+                tables = (cos, sin)
+                if stage.shift is not None:
+                    tables = self.decoder.tables(hidden, positions.to(hidden.device) - stage.shift[:, None])
+                self.memo[key] = tables, decode_mask(mask, stage, self.plan.base_length, self.new, hidden.shape[0])
+        kwargs["position_embeddings"], kwargs["attention_mask"] = self.memo[key]
 
-    def _work(self, index: int, stage: Stage | None, hidden: Tensor) -> Work | None:
+    def _score(
+        self, turn: Turn, index: int, stage: Stage | None, hidden: Tensor, kwargs: dict[str, Any], before: int
+    ) -> None:
+        """Note the attention a pruner wants to see before layer `before`, if `hidden` enters layer `index`."""
+        attention = turn.pruner.attention
+        _, _, visual = frame(self.plan, stage)
+        if attention is None or not wants_scores(turn, self.plan) or not bool(visual.any()):
+            return
+        score = score_options(attention, str(turn), self.plan, stage, hidden.device)
+        tables = kwargs["position_embeddings"] if attention.rotary else None
+        mask = kwargs.get("attention_mask")
+        self.plan.scores[before] = self.decoder.scores(index, hidden, tables, mask, score)
+
+    def _work(self, index: int, stage: Stage | None, hidden: Tensor, kwargs: dict[str, Any]) -> Work | None:
         """What the attention of layer `index` does beside attending."""
-        follower = self.program.pruners.get(index + 1) if self.prefill else None
-        need = next((n for n in SCORE_NEEDS if follower is not None and n in follower.needs), None)
         request = self._request(index, stage, hidden)
-        if need is None and request is None:
+        follower = self.program.pruners.get(index + 1) if self.prefill else None
+        attention = None if follower is None else follower.pruner.attention
+        score = put_keys = None
+        if follower is not None and attention is not None and attention.layer == "before":
+            if attention.is_free and wants_scores(follower, self.plan):
+                score = score_options(attention, str(follower), self.plan, stage, hidden.device)
+            elif not attention.is_free:
+                self._score(follower, index, stage, hidden, kwargs, before=index + 1)
+        if follower is not None and "layer_keys" in follower.pruner.needs:
+            put_keys = functools.partial(self.plan.layer_keys.__setitem__, index + 1)
+        if score is None and put_keys is None and request is None:
             return None
         return Work(
-            score_rows=None if need is None else query_rows(need, self.plan, stage).to(hidden.device),
-            put_scores=None if need is None else functools.partial(self.plan.scores.__setitem__, index),
+            score=score,
+            put_scores=None if score is None else functools.partial(self.plan.scores.__setitem__, index + 1),
+            put_keys=put_keys,
             request=request,
             put_statistics=functools.partial(self.statistics.__setitem__, index) if self.program.record else None,
             backend=self.program.backend,
@@ -217,7 +215,7 @@ def _edited_rows(editor: Editor | None, plan: Plan, stage: Stage | None) -> Tens
     if editor is None:
         return torch.zeros_like(real)
     if editor.edit().rows == "last":
-        return query_rows("last_row_scores", plan, stage) & visual.any(1, keepdim=True)
+        return query_rows("last", "", plan, stage) & visual.any(1, keepdim=True)
     return real & ~visual & (visual.cumsum(1) > 0)
 
 
@@ -235,7 +233,7 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
     if given is not None and caches.is_empty(given):
         caches.forget(given)
     if not program.acts and caches.plan_of(given) is None:
-        return Pass(plan, program, prefill=True), arguments
+        return Pass(plan, program, engine.decoder, prefill=True), arguments
     cache = _cache_for(engine, arguments)
     if cache is not None:
         caches.check_plain(cache)
@@ -247,17 +245,18 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
     _check_mask(arguments.get("attention_mask"))
     if "text_stream" in program.needs:
         plan = streams.double(plan, arguments)
-    live = Pass(plan, program, prefill=True)
-    live.memo["heads", 0] = engine.dims.heads
+    live = Pass(plan, program, engine.decoder, prefill=True)
     if cache is not None:
         caches.adopt(cache, plan)
         arguments["past_key_values"] = cache
+    embeds = arguments["inputs_embeds"]
+    for pruner in {str(turn): turn.pruner for turn in program.pruners.values()}.values():
+        choose_query_rows(pruner, embeds, plan)
     entry = program.pruners.get(0)
-    chosen = None if entry is None else choose(entry, 0, arguments["inputs_embeds"], plan)
+    chosen = None if entry is None else choose(entry, 0, embeds, plan, engine.decoder)
     if chosen is not None:
-        stage, slots = chosen
-        plan.stages.append(stage)
-        _cut_inputs(arguments, plan, stage, slots)
+        plan.stages.append(chosen.stage)
+        _cut_inputs(arguments, plan, chosen)
     if cache is not None:
         caches.set_dropped(cache, plan.dropped_at_entry)
     return live, arguments
@@ -284,19 +283,22 @@ def _cache_for(engine: Engine, arguments: dict[str, Any]) -> Any:
     return DynamicCache(config=config) if cache is None and use_cache else cache
 
 
-def _cut_inputs(arguments: dict[str, Any], plan: Plan, stage: Stage, slots: Tensor) -> None:
-    """Prune at the entry of the text model: rows, their original positions, and a mask that names filler slots."""
-    embeds = arguments["inputs_embeds"]
+def _cut_inputs(arguments: dict[str, Any], plan: Plan, chosen: Chosen) -> None:
+    """Prune at the entry of the text model: rows, their positions, and a mask that names filler slots."""
+    stage = chosen.stage
     positions = arguments.get("position_ids")
     if positions is None:
-        positions = torch.arange(plan.length, device=embeds.device)[None]
-    valid = torch.ones_like(slots, dtype=torch.bool) if stage.valid is None else stage.valid
-    arguments["inputs_embeds"] = gather_rows(embeds, slots)
-    arguments["position_ids"] = gather_rows(positions, slots, dim=-1)
+        positions = torch.arange(plan.length, device=chosen.hidden.device)[None]
+    valid = torch.ones_like(chosen.slots, dtype=torch.bool) if stage.valid is None else stage.valid
+    taken = chosen.slots if stage.rotary is None else stage.rotary
+    arguments["inputs_embeds"] = chosen.hidden
+    arguments["position_ids"] = gather_rows(positions, taken.to(positions.device), dim=-1)
     arguments["attention_mask"] = valid.to(torch.long)
 
 
-def begin_decode(plan: Plan, program: Program, arguments: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
+def begin_decode(
+    plan: Plan, program: Program, decoder: Decoder, arguments: dict[str, Any]
+) -> tuple[Pass, dict[str, Any]]:
     """Start a pass after the prefill: decoding, verification, or a second turn."""
     cache = arguments["past_key_values"]
     step = arguments.get("inputs_embeds")
@@ -304,13 +306,17 @@ def begin_decode(plan: Plan, program: Program, arguments: dict[str, Any]) -> tup
     assert step is not None
     batch, queries = step.shape[:2]
     logical = int(cache.get_seq_length())
-    entry = plan.stages[0] if plan.stages and plan.stages[0].layer == 0 else None
+    entry = plan.entry
     if entry is not None:
         mask = arguments.get("attention_mask")
         arguments["attention_mask"] = decode_entry_mask(mask, entry, plan.length, logical + queries, batch)
-        if arguments.get("position_ids") is None:
-            arguments["position_ids"] = torch.arange(logical, logical + queries, device=step.device)[None]
-    return Pass(plan, program, prefill=False, new=logical + queries - plan.length), arguments
+        positions = arguments.get("position_ids")
+        if positions is None:
+            positions = torch.arange(logical, logical + queries, device=step.device)[None]
+        if entry.shift is not None:
+            positions = positions - entry.shift.to(positions.device)[:, None]
+        arguments["position_ids"] = positions
+    return Pass(plan, program, decoder, prefill=False, new=logical + queries - plan.length), arguments
 
 
 def decode_entry_mask(mask: Tensor | None, entry: Stage, length: int, total: int, batch: int) -> Tensor | None:

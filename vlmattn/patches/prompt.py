@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmattn.errors import CallError
+from vlmattn.methods.base import Look
 from vlmattn.patches.families.base import Family
 from vlmattn.patches.vision import content_key
 from vlmattn.plan import Plan
 from vlmattn.spans import Span, find_spans, image_index
 
+Source = tuple[int, int]
+"""Where an image went through: which feature method, and which of its images."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen at the vision tower, by feature method.
+
+    Attributes:
+        keys: content keys of the images, in batch order.
+        looks: what methods look at, a tensor `(n_i, ...)` an image.
+    """
+
+    keys: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    looks: Mapping[int, Mapping[Look, Sequence[Tensor]]] = field(default_factory=dict)
+
+    def counts(self) -> dict[int, int]:
+        """How many images went through each feature method."""
+        found = {place: len(keys) for place, keys in self.keys.items()}
+        return found | {place: len(next(iter(looks.values()))) for place, looks in self.looks.items()}
+
 
 def read_prompt(
-    family: Family, config: Any, ids: Tensor, ahead: int, arguments: Mapping[str, Any], keys: Mapping[int, list[int]]
+    family: Family, config: Any, ids: Tensor, ahead: int, arguments: Mapping[str, Any], seen: Seen
 ) -> Plan | None:
     """A fresh plan with the visual tokens of `ids` `(B, N)`; None if there are none.
 
@@ -27,7 +50,7 @@ def read_prompt(
         ids: the prompt, padded, and `ahead` guessed tokens after it.
         ahead: how many of the last columns are guesses (assisted decoding verifies some together with the prompt).
         arguments: the text model's arguments.
-        keys: content keys of the images, in batch order, by feature method.
+        seen: at the vision tower, if anybody looked.
     """
     placeholders = family.placeholders(config)
     visual = functools.reduce(torch.logical_or, [ids == token for token in placeholders])
@@ -51,9 +74,17 @@ def read_prompt(
     plan.text = real & ~visual & ~torch.isin(ids, wrappers)
     if ahead:
         plan.text[:, -ahead:] = real[:, -ahead:]  # a guess is text, whatever it looks like
-    if keys:
-        end = ids.shape[1] - ahead
-        plan.keys = _assign_keys(ids[:, :end], real[:, :end], placeholders, spans, keys)
+    if counts := seen.counts():
+        sources = _sources(ids, placeholders, spans, counts)
+        if seen.keys:
+            end = ids.shape[1] - ahead
+            texts = [row[flags] for row, flags in zip(ids[:, :end], real[:, :end], strict=True)]
+            plan.keys = tuple(
+                tuple(content_key(text, seen.keys[place][number]) for place, number in images)
+                for text, images in zip(texts, sources, strict=True)
+            )
+        if seen.looks:
+            plan.vision.update(_spread(sources, seen.looks))
     return plan
 
 
@@ -65,30 +96,38 @@ def _grid(family: Family, config: Any, positions: Tensor | None, row: int, span:
     return family.grid(config, span.length, rows)
 
 
-def _assign_keys(
-    ids: Tensor, real: Tensor, placeholders: list[int], spans: list[tuple[Span, ...]], keys: Mapping[int, list[int]]
-) -> tuple[tuple[int, ...], ...]:
-    """One key per sample and image from text and pixels; beams repeat the images of their sample."""
-    first = [
+def _sources(
+    ids: Tensor, placeholders: list[int], spans: list[tuple[Span, ...]], counts: Mapping[int, int]
+) -> list[list[Source]]:
+    """Where the images of every sample went through the tower; beams repeat the images of their sample."""
+    kinds = [
         [placeholders.index(int(ids[row, span.start])) for span in row_spans] for row, row_spans in enumerate(spans)
     ]
-    shown = {place: sum(kind == place for row in first for kind in row) for place in range(len(placeholders))}
-    keys = {place: keys.get(place, []) for place, count in shown.items() if count}
-    copies = max((shown[place] // max(len(keys[place]), 1) for place in keys), default=1) or 1
-    if any(shown[place] != copies * len(found) for place, found in keys.items()):
-        raise CallError(
-            f"{shown} images in the prompts, but { ({p: len(k) for p, k in keys.items()}) } went to the tower"
-        )
-    cursor = dict.fromkeys(keys, 0)
-    result: list[tuple[int, ...]] = []
-    for row, kinds in enumerate(first):
+    shown = {place: sum(kind == place for row in kinds for kind in row) for place in range(len(placeholders))}
+    counts = {place: counts.get(place, 0) for place, count in shown.items() if count}
+    copies = max((shown[place] // max(counts[place], 1) for place in counts), default=1) or 1
+    if any(shown[place] != copies * count for place, count in counts.items()):
+        raise CallError(f"{shown} images in the prompts, but {counts} went to the tower")
+    cursor = dict.fromkeys(counts, 0)
+    sources: list[list[Source]] = []
+    for row, places in enumerate(kinds):
         if row % copies:
-            result.append(result[-1])
+            sources.append(sources[-1])
             continue
-        text = ids[row][real[row]]
         mine = []
-        for kind in kinds:
-            mine.append(content_key(text, keys[kind][cursor[kind]]))
-            cursor[kind] += 1
-        result.append(tuple(mine))
-    return tuple(result)
+        for place in places:
+            mine.append((place, cursor[place]))
+            cursor[place] += 1
+        sources.append(mine)
+    return sources
+
+
+def _spread(sources: list[list[Source]], looks: Mapping[int, Mapping[Look, Sequence[Tensor]]]) -> dict[Look, Tensor]:
+    """What was looked at, `(B, V, ...)` over the visual tokens of every sample in order, zeros behind the last."""
+    found = {}
+    for look in next(iter(looks.values())):
+        images = [[looks[place][look][number] for place, number in row] for row in sources]
+        like = next(image for row in images for image in row)
+        rows = [torch.cat(row) if row else like[:0] for row in images]
+        found[look] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return found

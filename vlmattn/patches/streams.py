@@ -44,6 +44,8 @@ def double(plan: Plan, arguments: dict[str, Any]) -> Plan:
         text=None,
         spans=[*plan.spans, *([()] * batch)],
         keys=None if plan.keys is None else (*plan.keys, *([()] * batch)),
+        paired=None if plan.paired is None else plan.paired.rows(torch.arange(batch).repeat(2)),
+        vision={look: torch.cat([values, torch.zeros_like(values)]) for look, values in plan.vision.items()},
     )
 
 

@@ -23,9 +23,6 @@ from transformers.utils import ModelOutput
 
 from vlmattn.errors import CallError
 
-INSIDE = "vision_"
-"""Needs that begin with this are about what happens inside the tower: then it must run for every prompt."""
-
 
 def content_key(tensor: Tensor, start: int = 0) -> int:
     """CRC-32 of a tensor's bytes, continued from `start`; floats count as bfloat16, so that the model's dtype is no

@@ -16,10 +16,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmattn.errors import SpecError
-from vlmattn.methods.base import Pruner, View, param, register
+from vlmattn.methods.base import Attention, Pruner, View, param, register
 
-QUERIES = {"last": "last_row_scores", "all_text": "text_row_scores", "all": "all_row_scores"}
+QUERIES = {"last": "last", "all_text": "text", "all": "all"}
 
 
 @register("fastv", title="An Image is Worth 1/2 Tokens After Layer 2", paper="2403.06764")
@@ -27,7 +26,7 @@ QUERIES = {"last": "last_row_scores", "all_text": "text_row_scores", "all": "all
 class FastV(Pruner):
     """Keep the visual tokens that the last prompt token attends to most in the layer before."""
 
-    paper_layer: ClassVar[int] = 2
+    paper_layers: ClassVar[tuple[int, ...]] = (2,)
     min_layer: ClassVar[int] = 1
 
     query: str = param(
@@ -37,13 +36,12 @@ class FastV(Pruner):
     def __post_init__(self) -> None:
         """Validate the fields."""
         super().__post_init__()
-        if not isinstance(self.query, str) or self.query not in QUERIES:
-            raise SpecError(f"fastv.query={self.query!r}: expected one of {', '.join(QUERIES)}")
+        self._one_of("query", tuple(QUERIES))
 
     @property
-    def needs(self) -> frozenset[str]:
-        """The attention rows that `query` names."""
-        return frozenset({QUERIES[self.query]})
+    def attention(self) -> Attention:
+        """Of the rows that `query` names."""
+        return Attention(QUERIES[self.query])
 
     def score(self, view: View) -> Tensor:
         """`(B, V)` attention received, mean over heads."""

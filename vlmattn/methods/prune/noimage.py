@@ -30,6 +30,6 @@ class NoImage(Selector):
         """No token."""
         return Keep(torch.zeros_like(view.image, dtype=torch.bool))
 
-    def left(self, visual: int, grid: tuple[int, int, int] | None = None) -> int:
+    def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
         """None of them."""
         return 0

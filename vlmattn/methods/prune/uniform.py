@@ -18,6 +18,7 @@ from vlmattn import budget
 from vlmattn.edits import Keep
 from vlmattn.errors import CallError, SpecError
 from vlmattn.methods.base import Pruner, View, param, register
+from vlmattn.spans import squarest
 
 
 def picks(total: int, n: int) -> list[int]:
@@ -32,12 +33,6 @@ def picks_2d(height: int, width: int, n: int) -> list[int]:
     return [row * width + column for row in picks(height, rows) for column in picks(width, columns)]
 
 
-def _squarest(total: int) -> tuple[int, int, int]:
-    """The `(1, h, w)` of `total` tokens that is nearest to a square, h <= w."""
-    height = next(h for h in range(math.isqrt(total), 0, -1) if total % h == 0)
-    return 1, height, total // height
-
-
 @register("uniform", title="Uniform stride (baseline)")
 @dataclass(frozen=True)
 class Uniform(Pruner):
@@ -49,8 +44,7 @@ class Uniform(Pruner):
     def __post_init__(self) -> None:
         """Validate the fields."""
         super().__post_init__()
-        if self.mode not in ("1d", "2d"):
-            raise SpecError(f"uniform.mode={self.mode!r}: expected '1d' or '2d'")
+        self._one_of("mode", ("1d", "2d"))
         if not isinstance(self.exact_budget, bool):
             raise SpecError(f"uniform.exact_budget={self.exact_budget!r}: expected True or False")
         if self.budget_scope != "image":
@@ -70,9 +64,9 @@ class Uniform(Pruner):
                 mask[row, where[torch.tensor(chosen)]] = True
         return Keep(mask.to(view.image.device))
 
-    def left(self, visual: int, grid: tuple[int, int, int] | None = None) -> int:
+    def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
         """The budget; on a sub-grid what fits into it."""
-        return len(self._choose(visual, _squarest(visual) if grid is None else grid))
+        return len(self._choose(visual, squarest(visual) if grid is None else grid))
 
     def _choose(self, total: int, grid: tuple[int, int, int] | None) -> list[int]:
         wanted = budget.count(total, self.keep)

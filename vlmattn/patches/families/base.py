@@ -8,11 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vlmattn.errors import UnsupportedModelError
+from vlmattn.patches.tower import TowerParts
 from vlmattn.spans import Geometry
 
 FAMILIES: dict[str, Family] = {}
+
+CAPABILITIES = {
+    "cls": "a CLS token in the vision tower",
+    "flat_positions": "one-dimensional positions, without which none can be renumbered",
+    "text_tower": "the text tower of its vision tower's CLIP model (`wrap(text_tower=...)`)",
+}
+"""What a method may require of a model, in words."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,9 @@ class Family:
         multimodal, text_model, layers, vision_tower, projector: attribute paths from the wrapped model; `layers` from
             the text model.
         output_projection: attribute path from a decoder layer to the projection of the joined head outputs.
+        query, key: attribute paths from a decoder layer to its projections, each followed by the norm of heads if any.
+        entry_norm: attribute path from a decoder layer to the norm before its attention.
+        final_norm, rotary: attribute paths from the text model to the norm behind its layers and its rotary tables.
         wrapper_ids: config attributes with the ids of tokens that only wrap an image.
         placeholder_ids: config attributes that hold the ids of visual placeholder tokens.
         feature_methods: methods of the multimodal model that run the vision tower, to the split of their arguments into
@@ -40,6 +53,8 @@ class Family:
             known.
         geometry: `(image_processor, (width, height), grid)` to a `Geometry`.
         input_grids: `(config, processor outputs)` to the grids of all images of a batch.
+        tower_parts: `(config, vision tower, projector)` to where looks inside the tower find things; None: nobody can
+            look there.
     """
 
     name: str
@@ -59,14 +74,43 @@ class Family:
     text_model: str = "model.language_model"
     layers: str = "layers"
     output_projection: str = "self_attn.o_proj"
+    query: tuple[str, ...] = ("self_attn.q_proj",)
+    key: tuple[str, ...] = ("self_attn.k_proj",)
+    entry_norm: str = "input_layernorm"
+    final_norm: str = "norm"
+    rotary: str = "rotary_emb"
     wrapper_ids: tuple[str, ...] = ()
     vision_tower: str = "model.vision_tower"
     projector: str = "model.multi_modal_projector"
     deepstack: bool = False
+    tower_parts: Callable[[Any, Any, Any], TowerParts] | None = None
 
     def part(self, model: nn.Module, name: str) -> nn.Module:
         """The module at the declared path `name`, such as `text_model`."""
         return operator.attrgetter(getattr(self, name))(model)
+
+    def tower(self, model: nn.Module) -> TowerParts:
+        """Where looks inside the vision tower of `model` find things.
+
+        Raises:
+            UnsupportedModelError: the family does not say.
+        """
+        if self.tower_parts is None:
+            raise UnsupportedModelError(
+                f"{self.name} does not declare the inside of its vision tower: take a method that does not look there"
+            )
+        return self.tower_parts(model.config, self.part(model, "vision_tower"), self.part(model, "projector"))
+
+    def project(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The map from the tower's `features` `(..., C')` to embedding rows `(..., C)`; see `tower.looking`."""
+        projector = self.tower(model).projector
+        return (lambda features: features) if projector is None else projector
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What methods may require of every model of this family, of `CAPABILITIES`."""
+        facts = {"cls": self.has_cls, "flat_positions": self.rope == "1d"}
+        return frozenset(name for name, holds in facts.items() if holds)
 
     def placeholders(self, config: Any) -> list[int]:
         """Ids of the visual placeholder tokens of this model."""
@@ -84,6 +128,18 @@ class Family:
         shown = ("name", "model_type", "model_class", "paper", "has_cls", "rope", "grid_rule", "deepstack")
         facts = dataclasses.asdict(self, dict_factory=lambda items: {k: v for k, v in items if k in shown})
         return facts | {"kind": "family"}
+
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""How the released processors of all families here normalise red, green and blue."""
+
+
+def gray_values(pixels: Tensor, channels: int) -> Tensor:
+    """The mean of red, green and blue in [0, 255] of normalised `pixels`, whose dimension `channels` has the three."""
+    shape = (3, *[1] * (pixels.ndim - channels - 1))
+    mean, std = (torch.tensor(x, device=pixels.device).view(shape) for x in (PIXEL_MEAN, PIXEL_STD))
+    return (pixels.float() * std + mean).mean(channels) * 255
 
 
 def register(family: Family) -> Family:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from vlmattn.errors import CallError
-from vlmattn.patches.families.base import Family, register
+from vlmattn.patches.families.base import Family, gray_values, register
+from vlmattn.patches.tower import Rows, TowerParts
 from vlmattn.spans import Geometry
 
 
@@ -69,6 +72,56 @@ def _input_grids(config: Any, inputs: Mapping[str, Any]) -> Sequence[tuple[int, 
     return [(1, _side(config), _side(config))] * len(inputs["pixel_values"])
 
 
+def _heads(x: Tensor, attention: Any) -> Tensor:
+    return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+
+
+def _tower_rows(
+    attention: Any, arguments: Mapping[str, Any], tower: Mapping[str, Any], every: bool, with_cls: bool
+) -> Rows:
+    """Every image is a segment, its first row CLS; `with_cls`: CLS is a visual token like the others."""
+    hidden: Tensor = arguments["hidden_states"]
+    images, length, _ = hidden.shape
+    key = _heads(attention.k_proj(hidden), attention)
+    tokens = length if with_cls else length - 1
+    place = torch.arange(length, device=hidden.device) + (tokens - length)
+    token = torch.arange(images, device=hidden.device)[:, None] * tokens + place
+    return Rows(
+        query=_heads(attention.q_proj(hidden if every else hidden[:, :1]), attention),
+        key=key,
+        plain=key,
+        scale=attention.scale,
+        token=torch.where(place < 0, -1, token),
+        real=torch.ones_like(token, dtype=torch.bool),
+        lengths=(tokens,) * images,
+    )
+
+
+def _gray(arguments: Mapping[str, Any], patch: int, with_cls: bool) -> Sequence[Tensor]:
+    """Of every patch of an image in raster order; a CLS token has one value, that of black."""
+    values = gray_values(arguments["pixel_values"], channels=1)
+    patches = values.unfold(1, patch, patch).unfold(2, patch, patch).flatten(1, 2).flatten(2)[:, :, None]
+    return list(torch.nn.functional.pad(patches, (0, 0, 0, 0, int(with_cls), 0)))
+
+
+def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
+    attentions = [layer.self_attn for layer in tower.encoder.layers]
+    chosen = config.vision_feature_layer
+    with_cls = config.vision_feature_select_strategy == "full"
+    states = [chosen] if isinstance(chosen, int) else list(chosen)  # states: the embeddings, then one a layer
+    return TowerParts(
+        tower=tower,
+        attentions=attentions,
+        whole=range(len(attentions)),
+        feature_layer=max(max(state % (len(attentions) + 1) for state in states) - 1, 0),
+        rows=functools.partial(_tower_rows, with_cls=with_cls),
+        projector=projector,
+        cls=lambda output: torch.cat([output.hidden_states[state][:, :1] for state in states], -1),
+        gray=functools.partial(_gray, patch=config.vision_config.patch_size, with_cls=with_cls),
+        blocks=list(tower.encoder.layers),
+    )
+
+
 register(
     Family(
         name="LLaVA-1.5",
@@ -84,5 +137,6 @@ register(
         geometry=_geometry,
         input_grids=_input_grids,
         feature_methods={"get_image_features": lambda arguments: list(arguments["pixel_values"])},
+        tower_parts=_tower_parts,
     )
 )

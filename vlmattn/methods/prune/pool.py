@@ -1,0 +1,127 @@
+"""Spatial pooling: the grid of visual tokens becomes a smaller one by averaging, the baseline that changes values.
+
+The grid of each frame is pooled to gh x gw cells with gh = round(sqrt(n * h / w)) and gw = floor(n / gh), or in squares
+of `size` tokens: `average` and `max` over cells that may overlap by a row (as torch's adaptive pooling), `bilinear`
+interpolation between token centres. A pooled token stands at the token in the middle of its cell, rows and columns
+rounded down. Averaging shrinks norms; `rescale` gives each token the pooled norm of those it is made of. Before layer 0
+features are pooled as they come out of the projector; the forms are our own choice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmattn import budget
+from vlmattn.edits import Keep
+from vlmattn.errors import CallError, SpecError
+from vlmattn.methods.base import Pruner, View, param, register
+from vlmattn.spans import squarest
+
+MODES = ("average", "max", "bilinear")
+
+
+def pooled(x: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """A grid `(t, h, w, C)` pooled to `(t, height, width, C)`, in fp32."""
+    planes = x.float().permute(0, 3, 1, 2)
+    if mode == "average":
+        planes = torch.nn.functional.adaptive_avg_pool2d(planes, (height, width))
+    elif mode == "max":
+        planes = torch.nn.functional.adaptive_max_pool2d(planes, (height, width))
+    else:
+        planes = torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", align_corners=False)
+    return planes.permute(0, 2, 3, 1)
+
+
+def centres(total: int, cells: int) -> list[int]:
+    """The middle of each of `cells` runs that cover `total` places, rounded down; ascending."""
+    bounds = [(i * total // cells, -(-(i + 1) * total // cells) - 1) for i in range(cells)]
+    return [(first + last) // 2 for first, last in bounds]
+
+
+@register("pool", title="Spatial pooling (baseline)")
+@dataclass(frozen=True)
+class Pool(Pruner):
+    """Make of the grid of visual tokens a smaller one by pooling."""
+
+    mode: str = param("average", "'average' or 'max' of each cell, or 'bilinear' interpolation")
+    size: int | None = param(None, "pool squares of that many tokens a side, in place of `keep`")
+    rescale: bool = param(False, "whether a pooled token gets the pooled norm of its tokens")
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        super().__post_init__()
+        self._one_of("mode", MODES)
+        if self.size is not None and (type(self.size) is not int or self.size < 1):
+            raise SpecError(f"pool.size={self.size!r}: expected an int >= 1, or None")
+        if not isinstance(self.rescale, bool):
+            raise SpecError(f"pool.rescale={self.rescale!r}: expected True or False")
+        if self.budget_scope != "image":
+            raise SpecError("pool makes a grid of every image by itself: only budget_scope='image' makes sense")
+
+    @property
+    def is_noop(self) -> bool:
+        """True for `keep=1.0`, or squares of one token."""
+        return super().is_noop if self.size is None else self.size == 1
+
+    def disabled(self) -> Pool:
+        """The same with `keep=1.0`."""
+        return Pool(keep=1.0, before_layer=self.before_layer, mode=self.mode)
+
+    @property
+    def merges(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The rows to pool."""
+        return frozenset({"layer_input"})
+
+    def select(self, view: View) -> Keep:
+        """The tokens in the middle of the cells, with the cells' values."""
+        assert view.hidden is not None
+        mask, rows = torch.zeros_like(view.image, dtype=torch.bool), view.hidden.clone()
+        for row, spans in enumerate(view.spans):
+            for span in spans:
+                where = (view.image[row] == span.image).nonzero()[:, 0]
+                if len(where) == 0:
+                    continue
+                frames, height, width = grid = self._whole(len(where), span.grid)
+                cells = self._cells(grid)
+                x = rows[row, where].view(*grid, -1)
+                small = pooled(x, *cells, self.mode)
+                if self.rescale:
+                    norm = pooled(x.float().norm(dim=-1, keepdim=True), *cells, self.mode)
+                    small = torch.nn.functional.normalize(small, dim=-1) * norm
+                places = torch.arange(frames * height * width, device=where.device).view(grid)
+                down, across = (torch.tensor(centres(n, m), device=where.device) for n, m in zip(grid[1:], cells))
+                chosen = where[places[:, down][:, :, across].flatten()]
+                mask[row, chosen] = True
+                rows[row, chosen] = small.flatten(0, 2).to(rows)
+        return Keep(mask, rows)
+
+    def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
+        """The cells of all frames."""
+        whole = self._whole(visual, squarest(visual) if grid is None else grid)
+        return whole[0] * math.prod(self._cells(whole))
+
+    def _whole(self, total: int, grid: tuple[int, int, int] | None) -> tuple[int, int, int]:
+        if grid is None or math.prod(grid) != total:
+            raise CallError(
+                f"{self}: needs the whole grid of an image, but {total} tokens of grid {grid} are left: put it before "
+                "the other pruners"
+            )
+        return grid
+
+    def _cells(self, grid: tuple[int, int, int]) -> tuple[int, int]:
+        """Rows and columns of cells in a frame."""
+        frames, height, width = grid
+        if self.size is not None:
+            return max(height // self.size, 1), max(width // self.size, 1)
+        wanted = max(budget.count(math.prod(grid), self.keep) // frames, 1)
+        rows = min(max(round(math.sqrt(wanted * height / width)), 1), height, wanted)
+        return rows, min(wanted // rows, width)

@@ -1,0 +1,123 @@
+"""The methods of a session, sorted by the layers of one model in which they act."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmattn import presets
+from vlmattn.cost import Dims
+from vlmattn.errors import SpecError, UnsupportedModelError
+from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Selector
+from vlmattn.patches.families.base import CAPABILITIES, Family
+from vlmattn.patches.selection import Turn
+
+
+@dataclass(frozen=True)
+class Program:
+    """The methods of a session as the layers of one model need them.
+
+    Attributes:
+        pruners: stages of pruners by the layer they prune before.
+        editors: by edited layer.
+        heads: by reinforced layer.
+        sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
+        record: whether statistics are kept.
+        backend: attention backend; None: the fastest.
+    """
+
+    pruners: dict[int, Turn] = field(default_factory=dict)
+    editors: dict[int, Editor] = field(default_factory=dict)
+    heads: dict[int, HeadGain] = field(default_factory=dict)
+    sink_dims: tuple[int, ...] | None = None
+    record: bool = False
+    backend: str | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything of the model's computation changes."""
+        return bool(self.pruners or self.editors or self.heads)
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything to do in a generation with images."""
+        return self.changes or self.record
+
+    @property
+    def methods(self) -> list[Method]:
+        """The installed methods; one with several stages or layers as often."""
+        return [*(turn.pruner for turn in self.pruners.values()), *self.editors.values(), *self.heads.values()]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Union of what the methods need."""
+        return frozenset(need for method in self.methods for need in method.needs)
+
+    @property
+    def compares(self) -> list[str]:
+        """The methods that compare patches with the question, by the text tower."""
+        return [str(turn) for turn in self.pruners.values() if "text_tower" in turn.pruner.requires]
+
+    @property
+    def looks(self) -> frozenset[Look]:
+        """What methods look at inside the vision tower, so that it must run for every prompt."""
+        return frozenset(look for turn in self.pruners.values() for look in turn.pruner.looks.values())
+
+
+def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: Family, has: frozenset[str]) -> Program:
+    """Sort methods by the layers they act in.
+
+    Args:
+        methods: in the order of the spec.
+        config: of the wrapped model.
+        dims: sizes of its decoder.
+        family: what is known about it.
+        has: its capabilities.
+
+    Raises:
+        LayerError: a method does not fit this depth.
+        SpecError: two methods do the same thing in the same layer, a kind is unknown, or a preset is missing.
+        UnsupportedModelError: a method requires what the model has not.
+    """
+    program = Program()
+    for method in methods:
+        turns: list[Any]
+        if isinstance(method, Selector):
+            table: dict[int, Any] = program.pruners
+            layers, act = list(method.stages(dims.num_layers)), "prune before"
+            turns = [Turn(method, stage) for stage in range(len(layers))]
+        elif isinstance(method, Editor):
+            table, layers, act = program.editors, list(method.layers(dims.num_layers)), "edit attention in"
+            turns = [method] * len(layers)
+        elif isinstance(method, HeadGain):
+            table, layers, act = program.heads, method.layers(dims.num_layers), "scale heads in"
+            turns = [method] * len(layers)
+        else:
+            raise SpecError(f"{method} is of kind {method.kind!r}, which this version cannot install")
+        if method.is_noop:
+            continue
+        if isinstance(method, Selector):
+            _check_capabilities(method, family, has)
+        for layer, turn in zip(layers, turns, strict=True):
+            if layer in table:
+                raise SpecError(f"{table[layer]} and {method} both {act} layer {layer}: give one of them other layers")
+            table[layer] = turn
+    if "sink_dims" in program.needs:
+        program = dataclasses.replace(program, sink_dims=presets.sink_dims(config))
+    return program
+
+
+def _check_capabilities(method: Selector, family: Family, has: frozenset[str]) -> None:
+    missing = sorted(method.requires - has)
+    if not missing:
+        return
+    fits = [
+        name
+        for name, cls in sorted(REGISTRY.items())
+        if issubclass(cls, Selector) and name != method.name and cls().requires <= has
+    ]
+    wanted = " and ".join(CAPABILITIES[name] for name in missing)
+    own = f"{method.name} with positions='original', " if missing == ["flat_positions"] else ""
+    raise UnsupportedModelError(f"{method} needs {wanted}; {family.name} has none: use {own}{', '.join(fits)}")
