@@ -54,7 +54,7 @@ def test_removal_equals_masking(loaded, batch, text):
     with vlmattn.wrap(model, text) as session:
         pruned = model(**batch).logits
         report = session.report()
-    masked = oracle.masked_forward(model, batch, report.stages[0].before_layer, report.positions)
+    masked = oracle.masked_forward(model, batch, {report.stages[0].before_layer: report.positions})
     assert len({len(columns) for columns in report.positions}) > 1
     for row, columns in enumerate(report.positions):
         assert (pruned[row, -len(columns) :] - masked[row, columns]).abs().max() < 1e-4
