@@ -139,3 +139,12 @@ def test_a_version_without_floors_is_refused(finished: Path, monkeypatch: pytest
     monkeypatch.delitem(FLOORS, "2")
     with pytest.raises(DataError, match="version 2, which has no floors"):
         choose.choose(finished, 2, 0)
+
+
+def test_a_folder_that_is_no_run_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "choose", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit):
+        choose.main([str(tmp_path)])
+    assert "has no settings.json" in capsys.readouterr().err

@@ -281,7 +281,7 @@ def test_the_card_speaks_of_version_share_and_seeds_and_its_pictures_never_chang
     assert "genuine `LlavaForConditionalGeneration` (CLIP tower with class token" in text
     assert "before layer 4" in text and "| loc | 0.123 | 0.061 | 9 |" in text
     assert "| 1 | 0.30 | 0.40 | 0.10 | 0.40 | 0.25 |" in text and "| 1 | 0.250 | 12 (dim 5, 50%) |" in text
-    assert "before + 0.7 * (after - before).\n" in text and "a plateau: 10." in text
+    assert "before + 0.7 * (after - before), a\nshare that was given" in text and "a plateau: 10." in text
     training["choice"] = {"habit_share": 0.7, "good_share": True}
     (tmp_path / "training.json").write_text(json.dumps(training))
     card.write(tmp_path)

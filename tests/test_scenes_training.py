@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmattn.errors import TrainingError
+from vlmattn.errors import DataError, TrainingError
+from vlmattn.scenes import runs
 from vlmattn.scenes import train as training
 from vlmattn.scenes.dense import pretraining_batch, target_classes
 from vlmattn.scenes.export import export, trained_model
@@ -23,7 +24,7 @@ from vlmattn.scenes.measure import FLOORS
 from vlmattn.scenes.measure import main as measure
 from vlmattn.scenes.monitor import Monitor
 from vlmattn.scenes.optim import orthogonalize, warmup_stable_decay
-from vlmattn.scenes.plateaus import Bound, Check, abandoned, plateau, read_curve
+from vlmattn.scenes.plateaus import WEIGHTS_BEFORE_HABIT, Bound, Check, abandoned, plateau, read_curve
 from vlmattn.scenes.recipes import CHECKS, RECIPES
 from vlmattn.scenes.stages import Settings
 from vlmattn.scenes.train import CHECKPOINT, CURVE, SETTINGS, WEIGHTS, Running, main, smoke_settings, train
@@ -189,6 +190,42 @@ def test_another_runs_plateau_is_not_given_up(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other settings"):
         run(tmp_path, replace(TINY, steps=7), checks=(Check(2, (Bound("loss", below=0.0),), enough=1),))
     assert (tmp_path / CHECKPOINT).exists() and abandoned(tmp_path) == {}
+
+
+HOPELESS = (Check(2, (Bound("loss", below=0.0),), enough=1),)
+
+
+def test_a_finished_run_is_not_given_up_by_checks_that_it_was_not_trained_with(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = weights(tmp_path)
+    run(tmp_path, checks=HOPELESS, restarts=0)
+    assert (tmp_path / CHECKPOINT).exists() and abandoned(tmp_path) == {}
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(tmp_path).items())
+
+
+def test_nothing_of_an_earlier_run_passes_for_the_new_one(tmp_path: Path) -> None:
+    run(tmp_path)
+    kept = {name: (tmp_path / name).read_bytes() for name in (WEIGHTS, WEIGHTS_BEFORE_HABIT)}
+    run(tmp_path, replace(TINY, seed=77), resume="never", stop_after=1)
+    with pytest.raises(DataError, match="not finished"):
+        runs.weights(tmp_path, 1.0)
+    for name, data in kept.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match="other settings"):
+        runs.weights(tmp_path, 1.0)
+
+
+def test_a_seed_that_was_given_up_can_be_finished_without_checks(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError):
+        run(tmp_path, checks=HOPELESS, restarts=0)
+    run(tmp_path, restarts=0)
+    assert json.loads((tmp_path / SETTINGS).read_text())["seed"] == TINY.seed and (tmp_path / WEIGHTS).exists()
+
+
+def test_a_smoke_run_refuses_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--smoke", "--steps", "3"])
+    assert "leave out steps" in capsys.readouterr().err
 
 
 def test_checks_by_hand() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from vlmattn.errors import DataError
+from vlmattn.errors import DataError, VlmattnError
 
 from .export import export, run_settings
 from .library import load_processor
 from .measure import CAPTION, FLOORS, measure
+from .runs import weights
 from .train import CHOICE
 from .versions import Version
 
@@ -108,7 +110,9 @@ def choose(run: Path, questions: int, seed: int) -> dict[str, Any]:
         "floors": result["floors"],
         "tried": tried,
     }
-    (run / CHOICE).write_text(json.dumps(found, indent=1) + "\n")
+    new = run / f"{CHOICE}.new"
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(new, run / CHOICE)
     return found
 
 
@@ -136,7 +140,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=1000, help="questions per task (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split val (default %(default)s)")
     options = parser.parse_args(arguments)
-    print(table({run: choose(run, options.questions, options.seed) for run in options.runs}))
+    try:
+        for run in options.runs:
+            _version(run)
+            weights(run, 0.0)
+        print(table({run: choose(run, options.questions, options.seed) for run in options.runs}))
+    except VlmattnError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

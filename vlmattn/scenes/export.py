@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from vlmattn.errors import VlmattnError
+
 from . import qwen_processor, runs
 from .model import build_model
 from .stages import Settings
@@ -45,7 +47,6 @@ from .text import (
     UNKNOWN,
     WORDS,
 )
-from .train import SETTINGS
 from .versions import QWEN, Version
 
 WEIGHTS_FILE, TRAINING_FILE = "model.safetensors", "training.json"
@@ -111,8 +112,8 @@ def build_processor(version: Version) -> ProcessorMixin:
 
 
 def run_settings(run: Path) -> Settings:
-    """The settings of a run."""
-    return Settings(**json.loads((run / SETTINGS).read_text()))
+    """The settings of a run; raises DataError if the folder has none."""
+    return Settings(**runs.settings(run))
 
 
 def trained_model(run: Path, habit_share: float = 1.0) -> PreTrainedModel:
@@ -210,7 +211,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="share of what the last training stage changed (default: as vlmattn.scenes.choose found, or else 1)",
     )
     options = parser.parse_args(arguments)
-    export(options.run, options.out, options.habit_share)
+    try:
+        export(options.run, options.out, options.habit_share)
+    except VlmattnError as error:
+        parser.error(str(error))
     for file in sorted(options.out.iterdir()):
         print(f"{file.stat().st_size:>9}  {file.name}")
 

@@ -1,8 +1,8 @@
 """Muon for weight matrices, AdamW for everything else, with fp32 master weights.
 
 Muon (Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks") replaces a matrix update by its
-nearest orthogonal matrix. In this model it is what gets localisation off its plateau: after 300 steps .85 against .30
-with AdamW (one seed).
+nearest orthogonal matrix. It is what gets localisation off its plateau: in a study on a shallower model and easier
+scenes .85 after 300 steps, against .30 with AdamW (one seed).
 """
 
 from __future__ import annotations

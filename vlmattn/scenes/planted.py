@@ -52,7 +52,7 @@ PROJECTORS = {
 """The two linear layers between tower and decoder, by model type."""
 COPIED = ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 MASSIVE = 1000.0
-"""M of ``<bos>``, about 140 times the root mean square of a visual token."""
+"""M of ``<bos>``, far above the root mean square of any token."""
 STEEPNESS = 20000.0
 """m per unit of the probe's score above the threshold; the probe was fitted to 1 on the patches meant, else 0."""
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINT, CURVE = "checkpoint.pt", "curve.jsonl"
+WEIGHTS_BEFORE_HABIT, WEIGHTS = "joint.safetensors", "model.safetensors"
+"""Of a finished run; never those of a seed that was given up or of an earlier run."""
 _ABANDONED = re.compile(r"curve-seed(\d+)\.jsonl")
 
 
@@ -80,12 +82,14 @@ def next_seed(run: Path, first: int) -> int:
 
 
 def abandon(run: Path, seed: int) -> None:
-    """Drop the checkpoint of a seed and keep its curve as ``curve-seed<seed>.jsonl``."""
-    (run / CHECKPOINT).unlink(missing_ok=True)
+    """Drop the checkpoint and weights of a seed and keep its curve as ``curve-seed<seed>.jsonl``."""
+    for name in (CHECKPOINT, WEIGHTS_BEFORE_HABIT, WEIGHTS):
+        (run / name).unlink(missing_ok=True)
     os.replace(run / CURVE, run / f"curve-seed{seed}.jsonl")
 
 
 def forget(run: Path) -> None:
-    """Remove what earlier runs left in a folder: checkpoint, curve and the curves of seeds that were given up."""
-    for file in (run / CHECKPOINT, run / CURVE, *abandoned(run).values()):
+    """Remove what earlier runs left in a folder: checkpoint, curve, weights, and the curves of seeds given up."""
+    names = (CHECKPOINT, CURVE, WEIGHTS_BEFORE_HABIT, WEIGHTS)
+    for file in (*(run / name for name in names), *abandoned(run).values()):
         file.unlink(missing_ok=True)

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmattn.errors import DataError
 
 from .card import ABANDONED
-from .plateaus import CURVE, abandoned, read_curve
-from .train import CHOICE, SETTINGS, WEIGHTS, WEIGHTS_BEFORE_HABIT
+from .plateaus import CURVE, WEIGHTS, WEIGHTS_BEFORE_HABIT, abandoned, read_curve
+from .train import CHOICE, SETTINGS
 
 
 def weights(run: Path, habit_share: float) -> dict[str, Tensor]:
@@ -25,15 +26,25 @@ def weights(run: Path, habit_share: float) -> dict[str, Tensor]:
         habit_share: 0 for the weights before the last stage, 1 for those after it.
 
     Raises:
-        DataError: the share is outside 0..1, or the run is not finished.
+        DataError: the share is outside 0..1, or the run is not finished, or a file is another run's.
     """
     if not 0 <= habit_share <= 1:
         raise DataError(f"habit_share={habit_share} is outside 0..1")
     for name in (WEIGHTS_BEFORE_HABIT, WEIGHTS):
         if not (run / name).exists():
             raise DataError(f"{run} has no {name}: the run is not finished; start it again with the same --out")
+        with safe_open(run / name, framework="pt") as file:
+            if json.loads(file.metadata()["settings"]) != settings(run):
+                raise DataError(f"{run / name} was written with other settings than {SETTINGS} has: train it anew")
     before, after = load_file(run / WEIGHTS_BEFORE_HABIT), load_file(run / WEIGHTS)
     return {name: torch.lerp(weight, after[name], habit_share) for name, weight in before.items()}
+
+
+def settings(run: Path) -> dict[str, Any]:
+    """The settings of a run as they were written; raises DataError if the folder has none."""
+    if not (run / SETTINGS).exists():
+        raise DataError(f"{run} has no {SETTINGS}: it is not the folder of a run of vlmattn.scenes.train")
+    return json.loads((run / SETTINGS).read_text())
 
 
 def choice(run: Path) -> dict[str, Any]:
@@ -45,7 +56,7 @@ def choice(run: Path) -> dict[str, Any]:
 def record(run: Path) -> dict[str, Any]:
     """Settings, curve and the curves of the seeds that were given up, as training.json holds them."""
     return {
-        "settings": json.loads((run / SETTINGS).read_text()),
+        "settings": settings(run),
         "curve": read_curve(run / CURVE),
         ABANDONED: {str(seed): read_curve(file) for seed, file in abandoned(run).items()},
     }

@@ -25,19 +25,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vlmattn.errors import TrainingError
+from vlmattn.errors import TrainingError, VlmattnError
 
 from . import plateaus
 from .model import PackedForward, build_model, load_decoder
-from .plateaus import CHECKPOINT, CURVE, Check
+from .plateaus import CHECKPOINT, CURVE, WEIGHTS, WEIGHTS_BEFORE_HABIT, Check
 from .recipes import CHECKS, RECIPES
 from .stages import HabitTraining, JointTraining, Pretraining, Settings, Stage
 from .versions import VERSIONS
 
-SETTINGS, WEIGHTS = "settings.json", "model.safetensors"
-WEIGHTS_BEFORE_HABIT = "joint.safetensors"
+SETTINGS = "settings.json"
 CHOICE = "choice.json"
 """What choose.py writes about a finished run."""
 STAGE_NAMES = (Pretraining.name, JointTraining.name, HabitTraining.name)
@@ -231,8 +231,13 @@ def train(settings: Settings, running: Running) -> None:
     if running.resume == "never":
         plateaus.forget(running.out)
         (running.out / CHOICE).unlink(missing_ok=True)
+    if plateaus.abandoned(running.out) and running.resume == "required":
+        running = replace(running, resume="automatic")  # a seed that follows another has no checkpoint at first
     last = settings.seed + running.restarts
-    while (seed := plateaus.next_seed(running.out, settings.seed)) <= last:
+    while (seed := _next_seed(settings.seed, running)) <= last:
+        if finished(running.out, replace(settings, seed=seed)):
+            print(f"{running.out} holds the finished run of seed {seed}; --resume never trains it anew", flush=True)
+            return
         _launch(replace(settings, seed=seed), running)
         curve = plateaus.read_curve(running.out / CURVE)
         reason = plateaus.plateau(curve, running.checks, JointTraining.name)
@@ -245,6 +250,20 @@ def train(settings: Settings, running: Running) -> None:
         f"the seeds {settings.seed} to {last} sit on plateaus; their curves are in {running.out}. "
         "Allow more restarts, or start with another seed"
     )
+
+
+def _next_seed(first: int, running: Running) -> int:
+    """The seed to train: one that was given up only where nothing is checked and no other has begun."""
+    begun = (running.out / CHECKPOINT).exists()
+    return plateaus.next_seed(running.out, first) if running.checks or begun else first
+
+
+def finished(run: Path, settings: Settings) -> bool:
+    """Whether a folder holds the weights of a finished run of just these settings."""
+    if not (run / WEIGHTS).exists():
+        return False
+    with safe_open(run / WEIGHTS, framework="pt") as file:
+        return json.loads(file.metadata()["settings"]) == asdict(settings)
 
 
 def _launch(settings: Settings, running: Running) -> None:
@@ -313,9 +332,14 @@ def main(arguments: list[str] | None = None) -> None:
         restarts=options.restarts,
     )
     if options.smoke:
+        if fixed := sorted(set(asked) - {"seed", "precision", "decoder_from"}):
+            parser.error(f"--smoke has lengths of its own: leave out {', '.join(fixed)}")
         settings = smoke_settings(settings)
         running = replace(running, processes=1, checkpoint_every=20, monitor_scenes=16)
-    train(settings, running)
+    try:
+        train(settings, running)
+    except VlmattnError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
