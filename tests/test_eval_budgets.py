@@ -131,3 +131,23 @@ def test_what_cannot_be_matched_is_refused() -> None:
         matched("fastv", visual=0)
     with pytest.raises(LayerError, match="4 decoder layers"):
         matched("fastv(before_layer=7)", layers=4)
+
+
+def test_a_method_that_takes_only_shares_is_matched() -> None:
+    (match,) = matched("vflowopt", [0.5], 28, 576)
+    assert match.spec is not None and match.average == pytest.approx(288, abs=2)
+    assert sum(spec.parse(match.spec)[0].expected_tokens(576, 28)) / 28 == match.average
+
+
+@pytest.mark.parametrize(
+    "text, average",
+    [
+        ("pool(size=2)", 36),
+        ("pyramiddrop(before_layer=(1, 2), ratios=(0.5, 0.25))", (144 + 72 + 2 * 36) / 4),
+        ("schedule(shares=(1.0, 0.5, 0.5, 0.25))", (144 + 72 + 72 + 36) / 4),
+    ],
+)
+def test_a_method_whose_tokens_another_parameter_fixes_has_no_levels(text: str, average: float) -> None:
+    (match,) = matched(text, [0.75, 0.5], 4, 144)
+    assert match.level is None and match.spec == match.label == text
+    assert match.average == match.floor == average

@@ -44,6 +44,7 @@ TUNED = (
     ("b/1", "b", "yes", -0.5),
     ("b/2", "b", "no", -2.0),
 )
+DEEP, SHALLOW = {"num_layers": 32, "visual_tokens": 576}, {"num_layers": 4, "visual_tokens": 576}
 TESTED = (("a/1", "a", "yes", -1.4), ("a/2", "a", "no", -1.6), ("b/1", "b", "no", 0.25), ("b/2", "b", "yes", 3.0))
 
 
@@ -213,25 +214,25 @@ def test_the_guard_reads_the_columns_of_the_caption_benchmark() -> None:
 
 
 def test_every_pruner_gets_random_and_no_image_at_its_layer() -> None:
-    found = controls.specs_for(["none", "fastv(keep=0.25)", "uniform(keep=64)", "vhr"], num_layers=32)
+    found = controls.specs_for(["none", "fastv(keep=0.25)", "uniform(keep=64)", "vhr"], **DEEP)
     assert list(found) == [
         "random(keep=0.25, before_layer=2)",
         "random(keep=64, before_layer=0)",
         "noimage(before_layer=2)",
         "noimage",
     ]
-    assert list(controls.specs_for(["fastv(keep=0.25)"], num_layers=4, seeds=2)) == [
+    assert list(controls.specs_for(["fastv(keep=0.25)"], **SHALLOW, seeds=2)) == [
         "random(keep=0.25, before_layer=1)",
         "random(keep=0.25, before_layer=1, seed=1)",
         "noimage(before_layer=1)",
         "noimage",
     ]
-    scoped = controls.specs_for(["fastv(keep=9, budget_scope=sample) + var"], num_layers=4)
+    scoped = controls.specs_for(["fastv(keep=9, budget_scope=sample) + var"], **SHALLOW)
     assert next(iter(scoped)) == "random(keep=9, before_layer=1, budget_scope=sample)"
 
 
 def test_labels_tell_budget_and_layer_even_where_they_are_the_default() -> None:
-    found = controls.specs_for(["fastv", "uniform"], num_layers=32)
+    found = controls.specs_for(["fastv", "uniform"], **DEEP)
     assert found["random(before_layer=2)"] == "random(keep=0.5, before_layer=2)"
     assert found["noimage"] == "noimage(before_layer=0)"
     assert all(spec.text(spec.parse(label)) == text for text, label in found.items())
@@ -239,21 +240,21 @@ def test_labels_tell_budget_and_layer_even_where_they_are_the_default() -> None:
 
 def test_what_runs_already_is_not_run_twice() -> None:
     methods = ["fastv(keep=0.25)", "fastv(keep=0.25, query=all)", "random(keep=0.25, before_layer=2)", "noimage"]
-    assert list(controls.specs_for(methods, num_layers=32)) == ["noimage(before_layer=2)"]
-    assert list(controls.specs_for(["uniform", "random"], num_layers=32)) == ["noimage"]  # random's layer is 0
-    assert list(controls.specs_for(["noimage(before_layer=3)", "fastv(keep=1.0)"], num_layers=32)) == ["noimage"]
+    assert list(controls.specs_for(methods, **DEEP)) == ["noimage(before_layer=2)"]
+    assert list(controls.specs_for(["uniform", "random"], **DEEP)) == ["noimage"]  # random's layer is 0
+    assert list(controls.specs_for(["noimage(before_layer=3)", "fastv(keep=1.0)"], **DEEP)) == ["noimage"]
 
 
 @pytest.mark.parametrize("specs", [["none"], ["var"], ["fastv"], ["uniform", "fastv"], ["fastv + var", "vhr"]])
 def test_the_blind_row_is_always_there_once_and_says_its_layer(specs: list[str]) -> None:
-    found = list(controls.specs_for(specs, num_layers=32).items())
+    found = list(controls.specs_for(specs, **DEEP).items())
     assert found[-1] == ("noimage", "noimage(before_layer=0)")
     assert sum(label == "noimage(before_layer=0)" for _, label in found) == 1
-    assert "noimage" not in controls.specs_for([*specs, "noimage"], num_layers=32)
+    assert "noimage" not in controls.specs_for([*specs, "noimage"], **DEEP)
 
 
 def test_several_pruners_have_one_control_with_as_many_stages() -> None:
-    found = controls.specs_for(["fastv(keep=0.6) + uniform(keep=16, before_layer=3)"], num_layers=4)
+    found = controls.specs_for(["fastv(keep=0.6) + uniform(keep=16, before_layer=3)"], **SHALLOW)
     assert list(found) == [
         "random(keep=0.6, before_layer=1) + random(keep=16, before_layer=3)",
         "noimage(before_layer=1)",
@@ -275,3 +276,48 @@ def test_margins_of_the_embedded_model_say_what_it_answered(tmp_path: Path) -> N
     assert tuned.role == "control" and tuned.label.startswith("threshold(logit ") and tuned.cost == rows[0].cost
     assert tuned.note.startswith("tuned on 6 validation images")
     assert tuned.versus["mean_accuracy"].first == rows[0].value("mean_accuracy")
+
+
+MULTI = [
+    "feather(before_layer=(2, 4))",
+    "pyramiddrop(before_layer=(2, 3, 4))",
+    "pyramiddrop(ratios=[0.7, 0.4, 0.1], before_layer=(1, 3, 4))",
+    "schedule",
+    "schedule(shares=[1.0, 0.5, 0.5, 0.2, 0.1, 0.1])",
+    "sparsevlm",
+    "vflowopt(keep=0.3)",
+    "pool(size=2)",
+    "oraclebox(box=(0.0, 0.0, 0.5, 0.25))",
+]
+
+
+@pytest.mark.parametrize("text", MULTI)
+def test_the_random_row_has_the_average_of_the_method_from_its_first_layer_on(text: str) -> None:
+    label, *_ = controls.specs_for([text], num_layers=6, visual_tokens=144).values()
+    (method,), (control,) = spec.parse(text), spec.parse(label)
+    layer = method.resolve_layer(6)
+    assert control.name == "random" and control.before_layer == layer
+    expected, random = method.expected_tokens(144, 6), control.expected_tokens(144, 6)
+    assert expected[:layer] == random[:layer] == [144] * layer
+    assert abs(sum(expected) - sum(random)) <= (6 - layer) / 2  # whole tokens in every layer
+
+
+@pytest.mark.parametrize("text", ["fastv(keep=0.25)", "visionzip", "dart", "prumerge(keep=40)", "cdpruner(keep=200)"])
+def test_a_single_stage_keeps_its_own_budget(text: str) -> None:
+    (method,) = spec.parse(text)
+    label, *_ = controls.specs_for([text], num_layers=6, visual_tokens=144).values()
+    assert label == f"random(keep={method.keep!r}, before_layer={method.resolve_layer(6)})"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prumerge",  # how many tokens stay depends on the image
+        "recoverable",
+        "oraclebox(box=(0.0, 0.0, 1.0, 0.99))",  # every token
+        "pyramiddrop + uniform(keep=0.5, before_layer=5)",  # what both together leave is not told
+    ],
+)
+def test_without_a_known_average_there_is_no_random_row(text: str) -> None:
+    found = controls.specs_for([text], num_layers=6, visual_tokens=144)
+    assert not any(label.startswith("random") for label in found)

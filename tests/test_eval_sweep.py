@@ -218,7 +218,7 @@ def test_matched_levels_and_controls_make_the_rows() -> None:
 
 def controls_of(methods: str, seeds: int = 0, baseline: str = "none") -> dict[str, str]:
     specs = lineup.with_baseline(grid.expand(methods), baseline)
-    return lineup.matching_controls(lineup.line_up(specs, num_layers=6, seeds=seeds), 6)
+    return lineup.matching_controls(lineup.line_up(specs, num_layers=6, visual_tokens=144, seeds=seeds), 6, 144)
 
 
 def test_a_method_is_paired_with_the_random_row_of_its_own_layer_and_budget() -> None:
@@ -228,6 +228,13 @@ def test_a_method_is_paired_with_the_random_row_of_its_own_layer_and_budget() ->
     assert added[fastv] == added[f"{fastv} + var"] == "random(keep=0.25, before_layer=2)"
     assert controls.resolved(added[early], 6) == controls.resolved("random(keep=0.25, before_layer=0)", 6)
     assert len(added) == 3  # vhr prunes nothing, controls have no controls
+
+
+def test_a_method_of_several_stages_is_paired_with_a_random_row_of_its_average() -> None:
+    method = "pyramiddrop(before_layer=(2, 3, 4))"
+    assert controls_of(method, seeds=1) == {method: "random(keep=0.25, before_layer=2)"}  # 72, 36, 18, 18
+    assert controls_of(f"random(keep=0.5, before_layer=2); {method}") == {}
+    assert lineup.written_out("pool(size=2)") == "pool(size=2)"
 
 
 def test_a_random_row_that_was_typed_counts_if_it_is_the_same() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -120,6 +121,8 @@ def test_hired_keeps_the_best_of_every_frame():
     assert kept(method("hired(keep=5, exact_budget=False)").select(video)) == [3, 4, 7, 8]
     for text, count in (("hired(keep=5)", 5), ("hired(keep=5, exact_budget=False)", 4)):
         assert method(text).left(10, (2, 1, 5)) == count and method(text).left(10) == 5
+    little = method("hired(keep=0.1, exact_budget=False)")  # one token for two frames
+    assert kept(little.select(video)) == [4] and little.left(10, (2, 1, 5)) == 1
     mixed = view([2, 6], [4], grids={6: (3, 1, 2)}, vision={"attention": torch.arange(16.0).view(2, 8, 1).flip(1)})
     chosen = method("hired(keep=0.5)").select(mixed)
     assert kept(chosen) == [0, 2, 4, 6] and kept(chosen, 1) == [0, 1]
@@ -140,6 +143,8 @@ def test_hired_worked_example():
         ([5, 3, 2], 7, 10, True, [4, 2, 1]),  # 3.5, 2.1, 1.4
         ([98, 1, 1], 100, 50, True, [50, 25, 25]),
         ([98, 1, 1], 100, 50, False, [50, 1, 1]),
+        ([1, 1, 1], 2, 10, False, [1, 0, 0]),
+        ([0, 0], 3, 4, False, [1, 0]),
         ([1, 0], 9, 4, True, [4, 4]),
         ([0, 0], 3, 4, True, [2, 1]),
     ],
@@ -348,8 +353,14 @@ def test_vflowopt_worked_example_of_importance():
     assert received[0].tolist() == pytest.approx([0.175, 0.4, 0.2, 0.225])
     weight = method("vflowopt(threshold=1.2)").important(received, there)
     assert (weight @ attention)[0].tolist() == pytest.approx([0.1, 0.6, 0.2, 0.1])
-    for threshold in (2.5, 0):
-        weight = method(f"vflowopt(threshold={threshold})").important(received, there)
+    with pytest.warns(
+        VlmattnWarning, match=r"more than 2\.5 times the mean .* among 2 tokens or fewer.*lower `threshold`"
+    ):
+        nobody = method("vflowopt(threshold=2.5)").important(received, there)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        everybody = method("vflowopt(threshold=0)").important(received, there)
+    for weight in (nobody, everybody):
         assert (weight @ attention)[0].tolist() == pytest.approx(received[0].tolist())
     entropic = method("vflowopt(threshold=1.2, alpha=0.5)")
     informed = entropic.important(received, there) @ attention
@@ -398,7 +409,7 @@ def test_vflowopt_budgets_that_cannot_be():
         method("vflowopt(keep=0.3, entry=0.9)").shares(28)
     with pytest.raises(BudgetError, match="a float in"):
         method("vflowopt(keep=64)")
-    with pytest.raises(SpecError, match="between 1 and"):
+    with pytest.raises(SpecError, match=r"cell=0\.5: expected a finite number >= 1"):
         method("vflowopt(cell=0.5)")
     with pytest.raises(LayerError, match="too late"):
         method("vflowopt(before_layer=(1, 2, 3))")

@@ -143,7 +143,8 @@ def test_sparsevlm_budgets():
     assert SparseVLM(keep=576).left(576, None, 2) == 576 and SparseVLM(keep=1.0).is_noop
     last = [SparseVLM(keep=n).left(576, None, 2) for n in range(1, 577, 5)]
     assert last == sorted(last) and min(last) == 1
-    assert SparseVLM().stages(28) == (3, 6, 14)
+    assert [SparseVLM().stages(depth) for depth in (32, 28, 12)] == [(3, 7, 16), (3, 6, 14), (2, 3, 7)]
+    assert SparseVLM().stages(4) == (1, 2, 3)
     # 276 dropped, of these 83 in 9 clusters; then 309 - 200 dropped, 33 in 4
     recycled = SparseVLM(keep=192, table="v1", recycle=True)
     assert [recycled.left(576, None, stage) for stage in range(2)] == [309, 204]

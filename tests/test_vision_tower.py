@@ -222,14 +222,14 @@ def test_entropy_of_pixels(name):
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
     model, batch = tiny.MODELS[name](), tiny.prompts(name, images=(2, 1))
     if name == "llava":
-        gray = torch.randint(0, 4, (3, 28, 28)).float() * 20 + 0.5
+        gray = torch.randint(0, 256, (3, 28, 28)).float()
         batch["pixel_values"] = (gray[:, None].expand(-1, 3, -1, -1) / 255 - mean) / std
         expected = [
             [bits(image[7 * row : 7 * row + 7, 7 * column : 7 * column + 7]) for row in range(4) for column in range(4)]
             for image in gray
         ]
     else:
-        gray = torch.randint(0, 4, (len(batch["pixel_values"]), 2 * 14 * 14)).float() * 20 + 0.5
+        gray = torch.randint(0, 256, (len(batch["pixel_values"]), 2 * 14 * 14)).float()
         pixels = (gray[:, None, :, None] / 255 - mean[:, :, :, None].view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
         batch["pixel_values"] = pixels.reshape(len(gray), -1)
         per_patch = torch.tensor([bits(patch) for patch in gray])

@@ -182,7 +182,7 @@ class Proof:
     def _keeping_all(self, method: Method) -> Method | None:
         """The method with a budget of all tokens; disabled where it has none, or would do more than drop nothing."""
         tokens, layers = int(self.visual.sum()), len(self.layers)
-        if isinstance(method, Pruner) and not method.merges and method.positions == "original":
+        if isinstance(method, Pruner) and not (method.fixed or method.merges) and method.positions == "original":
             full = dataclasses.replace(method, keep=tokens)
             if full.expected_tokens(tokens, layers) == [tokens] * layers:
                 return full

@@ -198,7 +198,7 @@ def evaluate(
         entries = lineup.line_up(
             specs,
             num_layers=loaded.model.config.get_text_config().num_hidden_layers,
-            visual_tokens=runner.visual_tokens(loaded, loaded_bench) if levels is not None else 0,
+            visual_tokens=runner.visual_tokens(loaded, loaded_bench) if levels is not None or with_controls else 0,
             levels=levels,
             seeds=control_seeds if with_controls else 0,
         )

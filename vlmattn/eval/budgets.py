@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from vlmattn.budget import count
 from vlmattn.errors import DataError
 
 IN_MODEL = (0.75, 0.5, 0.35)
@@ -82,8 +83,8 @@ def match_average_tokens(
 
     Returns:
         A match per level, in the order of the levels. A level below the method's floor by more than half of what one
-        token more or less changes has no spec. A spec without a budget (no pruner, or one without `keep`) is one match
-        without a level.
+        token more or less changes has no spec. A spec without a budget (no pruner, or one without `keep`, or
+        with a parameter in its place) is one match without a level.
 
     Raises:
         DataError: several pruners, a level outside (0, 1], no visual tokens or no layers.
@@ -105,9 +106,12 @@ def match_average_tokens(
             "or match specs with one pruner"
         )
 
-    def counts(keep: float | int) -> list[int]:
+    def at(keep: float) -> list[int]:
         changed: Any = dataclasses.replace(pruners[0], keep=keep)  # type: ignore[call-arg]
         return list(changed.expected_tokens(visual_tokens, num_layers, grid))
+
+    def counts(tokens: int) -> list[int]:
+        return at(tokens / visual_tokens)  # a share, which every method takes
 
     def spec_of(keep: Any) -> str:
         return specs.text(specs.replace(methods, f"{pruners[0].name}.keep", keep))
@@ -115,7 +119,7 @@ def match_average_tokens(
     def label_of(keep: float) -> str:
         return spec_of(_UNUSUAL).replace(repr(_UNUSUAL), repr(keep))  # a default would not be written
 
-    if not pruners or "keep" not in {field.name for field in dataclasses.fields(pruners[0])}:
+    if not pruners or not takes_keep(pruners[0]):
         per_layer = pruners[0].expected_tokens(visual_tokens, num_layers, grid) if pruners else [visual_tokens]
         average = fmean(per_layer)
         return [Match(None, specs.text(methods), average, average, visual_tokens, specs.text(methods))]
@@ -133,9 +137,19 @@ def match_average_tokens(
             found.append(Match(level, None, None, floor, visual_tokens, f"{bare} at {level:g}"))
             continue
         tokens = min(_near(target, visual_tokens, counts), key=lambda n: (abs(fmean(counts(n)) - target), n))
-        keep = next(share for share in _shares(tokens, visual_tokens) if counts(share) == counts(tokens))
+        keep = next(share for share in _shares(tokens, visual_tokens) if at(share) == counts(tokens))
         found.append(Match(level, spec_of(keep), fmean(counts(tokens)), floor, visual_tokens, label_of(keep)))
     return found
+
+
+def takes_keep(method: Any) -> bool:
+    """Whether the number of tokens that a pruner leaves is chosen with `keep`, and with no parameter in its place."""
+    return "keep" in {field.name for field in dataclasses.fields(method)} and not getattr(method, "fixed", False)
+
+
+def shortest_share(tokens: int, total: int) -> float:
+    """The share with the fewest digits that is `tokens` of `total` tokens, both at least 1."""
+    return next(share for share in _shares(tokens, total) if count(total, share) == tokens)
 
 
 def _near(target: float, most: int, counts: Any) -> range:

@@ -8,13 +8,17 @@ themselves or changed their length, because such captions may even score well on
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vlmattn import budget
 from vlmattn.errors import DataError
+from vlmattn.eval import budgets
 from vlmattn.eval.items import some
 from vlmattn.eval.tally import Tally
 
@@ -51,17 +55,21 @@ class Control(NamedTuple):
         return f"tuned on {self.images} validation image{'' if self.images == 1 else 's'}"
 
 
-def specs_for(specs: Iterable[str], *, num_layers: int, seeds: int = 1) -> dict[str, str]:
+def specs_for(specs: Iterable[str], *, num_layers: int, visual_tokens: int, seeds: int = 1) -> dict[str, str]:
     """Control specs at the layers where the given specs prune.
 
-    For every spec with pruners: `random` with the same budget before the same layer, once a seed (several pruners: as
-    many random stages), and `noimage` before the first of the layers. Editors of attention in the spec are not repeated
-    in its controls. Pruners that are controls themselves or keep everything get no random row. The fully blind model,
+    For every spec with pruners: `random` before the first layer where it prunes, once a seed, with as many visual
+    tokens per layer, on average, and `noimage` before that layer. The random row has the method's own `keep` where that
+    gives its average, else the share that does, to the nearest whole token. Several pruners become as many random
+    stages if each has the average of its `keep`. Editors of attention in the spec are not repeated in its controls. No
+    random row: pruners that are controls themselves or keep everything, those without `keep` that leave a number which
+    depends on the image, and several pruners of which one has another average than its `keep`. The fully blind model,
     `noimage(before_layer=0)`, is always among them: what it scores, the questions alone give away.
 
     Args:
         specs: spec texts that are run.
         num_layers: decoder layers of the model, to tell a paper's layer from the depth.
+        visual_tokens: of an image, to count what a method leaves.
         seeds: how many random rows.
 
     Returns:
@@ -82,13 +90,15 @@ def specs_for(specs: Iterable[str], *, num_layers: int, seeds: int = 1) -> dict[
             continue
         layers = [pruner.resolve_layer(num_layers) for pruner in pruners]
         empty.append(f"noimage(before_layer={min(layers)})")
-        if all(pruner.name == "random" for pruner in pruners) or not all(
-            getattr(pruner, "keep", None) is not None for pruner in pruners
-        ):
+        if all(pruner.name == "random" for pruner in pruners):
+            continue
+        keeps: list[Any] = [_keep(pruner, num_layers, visual_tokens) for pruner in pruners]
+        own = [getattr(pruner, "keep", None) for pruner in pruners]
+        if None in keeps or (len(pruners) > 1 and keeps != own):
             continue
         for seed in range(seeds):
-            stages = zip(pruners, layers, strict=True)
-            random.append(" + ".join(_random(pruner, layer, seed) for pruner, layer in stages))
+            stages = zip(pruners, keeps, layers, strict=True)
+            random.append(" + ".join(_random(*stage, seed) for stage in stages))
     known = {_resolved(methods, num_layers) for methods in parsed}
     empty = [label for label in empty if label != BLIND]
     wanted = {resolved(label, num_layers): label for label in (*random, *empty, BLIND)}
@@ -198,11 +208,27 @@ def _resolved(methods: Iterable[Any], num_layers: int) -> str:
     return language.text([method.resolved(num_layers) if method.kind == "prune" else method for method in methods])
 
 
-def _random(pruner: Any, layer: int, seed: int) -> str:
+def _keep(pruner: Any, num_layers: int, visual_tokens: int) -> float | int | None:
+    """What a random stage at the pruner's first layer must keep to have its average of visual tokens per layer.
+
+    Returns:
+        None where nothing does: the number depends on the image, or no token is dropped.
+    """
+    own = getattr(pruner, "keep", None)
+    if own is None and pruner.adaptive:
+        return None
+    first = pruner.resolve_layer(num_layers)
+    tokens = math.floor(fmean(pruner.expected_tokens(visual_tokens, num_layers)[first:]) + 0.5)
+    if own is not None and budget.count(visual_tokens, own) == tokens:
+        return own
+    return budgets.shortest_share(tokens, visual_tokens) if tokens < visual_tokens else None
+
+
+def _random(pruner: Any, keep: float | int, layer: int, seed: int) -> str:
     """Spec text of the random stage that stands in for a pruner."""
     scope = "" if getattr(pruner, "budget_scope", "image") == "image" else f", budget_scope={pruner.budget_scope}"
     draw = f", seed={seed}" if seed else ""
-    return f"random(keep={pruner.keep!r}, before_layer={layer}{scope}{draw})"
+    return f"random(keep={keep!r}, before_layer={layer}{scope}{draw})"
 
 
 def _check_apart(base: Run, validation: Run) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from vlmattn.errors import DataError
 
@@ -81,7 +81,7 @@ def line_up(
     Args:
         specs: canonical spec text -> label, the baseline first; the baseline keeps its budget.
         num_layers: decoder layers of the model.
-        visual_tokens: of an image; needed for `levels`.
+        visual_tokens: of an image; needed for `levels` and for `seeds`.
         levels: average visual tokens per layer to match, as shares; empty for the usual ones of each kind of method,
             None to leave budgets as they are.
         seeds: draws of random tokens for each insertion layer; 0 for no controls.
@@ -106,7 +106,7 @@ def line_up(
                 found.append(Entry(label if match.level is None else written_out(match.spec), match.spec))
     if seeds:
         run = [entry.spec for entry in found if entry.spec]
-        extra = controls.specs_for(run, num_layers=num_layers, seeds=seeds)
+        extra = controls.specs_for(run, num_layers=num_layers, visual_tokens=visual_tokens, seeds=seeds)
         found += [Entry(label, spec, "control") for spec, label in extra.items()]
     rows: dict[str, Entry] = {}
     for entry in found:
@@ -114,21 +114,21 @@ def line_up(
     return list(rows.values())
 
 
-def matching_controls(entries: Sequence[Entry], num_layers: int) -> dict[str, str]:
+def matching_controls(entries: Sequence[Entry], num_layers: int, visual_tokens: int) -> dict[str, str]:
     """What each method with pruners is to be tested against beside the baseline: its own random row.
 
-    That is the row with random tokens, the same budget before the same layer and seed 0, as `controls.specs_for` makes
-    it. It counts whether `--controls` added it or it was typed; the baseline does not, because every row is compared
-    with it anyway.
+    That is the row with as many random tokens, on average, from the same layer on and seed 0, as `controls.specs_for`
+    makes it. It counts whether `--controls` added it or it was typed; the baseline does not, because every row is
+    compared with it anyway.
 
     Args:
         entries: the rows of a sweep, the baseline first.
         num_layers: decoder layers of the model.
+        visual_tokens: of an image.
 
     Returns:
         Spec of a method -> spec of its random row; without methods that have none in the sweep.
     """
-    from vlmattn import spec as specs
     from vlmattn.eval import controls
 
     there = {controls.resolved(entry.spec, num_layers): entry.spec for entry in entries[1:] if entry.spec}
@@ -136,19 +136,28 @@ def matching_controls(entries: Sequence[Entry], num_layers: int) -> dict[str, st
     for entry in entries:
         if entry.role != "method" or not entry.spec:
             continue
-        for control in controls.specs_for([entry.spec], num_layers=num_layers, seeds=1):
-            if control in there and all(method.name == "random" for method in specs.parse(control)):
+        for control in controls.specs_for([entry.spec], num_layers=num_layers, visual_tokens=visual_tokens):
+            if control in there and is_random(control):
                 found[entry.spec] = there[control]
     return found
+
+
+def is_random(spec: str) -> bool:
+    """Whether a spec is of random pruners alone."""
+    from vlmattn import spec as specs
+
+    names = [method.name for method in specs.parse(spec)]
+    return bool(names) and set(names) == {"random"}
 
 
 def written_out(spec: str) -> str:
     """The spec with every budget written out, also where it is the default, so that rows can be told apart."""
     from vlmattn import spec as specs
+    from vlmattn.eval import budgets
 
     texts = []
-    for method in specs.parse(spec):
-        text, keep = str(method), getattr(method, "keep", None)
+    for method in cast("tuple[Any, ...]", specs.parse(spec)):
+        text, keep = str(method), method.keep if budgets.takes_keep(method) else None
         if keep is not None and "(keep=" not in text:
             name, bracket, rest = text.partition("(")
             text = f"{name}(keep={keep!r}{', ' if bracket else ''}{rest or ')'}"

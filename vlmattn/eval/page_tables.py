@@ -80,10 +80,10 @@ def control_tables(rows: Sequence[summary.Row]) -> list[page.Section]:
         cells = [_control_cell(row, metric) for metric in shown]
         body.append(_line(row, cells, [f"against {row.control}"]))
     notes = [
-        "Method minus random tokens: as many of them, kept before the same layer, seed 0. A method that is no better "
-        "than these owes what it keeps to how many tokens stay, not to which. In small print 95 % intervals and the p "
-        "of a paired test over images, after Holm's correction over the headlines, or the other tasks. * and coloured: "
-        "p below 0.05."
+        "Method minus random tokens: as many on average, from the same first layer on, seed 0. A method that is no "
+        "better than these owes what it keeps to how many tokens stay, not to which. In small print 95 % intervals and "
+        "the p of a paired test over images, after Holm's correction over the headlines, or the other tasks. * and "
+        "coloured: p below 0.05."
     ]
     return [page.Table("Against random tokens at the same layer", columns, body, notes=notes)]
 

@@ -26,7 +26,7 @@ from vlmattn.eval import summary
 from vlmattn.eval.bench import describe_words
 from vlmattn.eval.benchmarks import pope
 from vlmattn.eval.items import Benchmark, Item, some
-from vlmattn.eval.lineup import Entry, written_out
+from vlmattn.eval.lineup import Entry, is_random, matching_controls, written_out
 from vlmattn.eval.records import RunFolder
 from vlmattn.eval.runs import Run, check_records
 
@@ -200,7 +200,7 @@ def sweep(
         VlmattnError: a spec does not fit the model (asked for all specs before the first run), or a folder holds
         another run.
     """
-    from vlmattn.eval import controls, lineup, views
+    from vlmattn.eval import controls, views
 
     entries = _entries(specs)
     baseline, *_ = entries
@@ -215,9 +215,9 @@ def sweep(
     tuned = settings.threshold and YES_NO in _kinds(bench, items).values()
     if tuned and bench.validation is not None:
         jobs[VALIDATION] = _validation(bench.validation(), baseline, out, settings)
+    random = _random_rows(loaded, bench, entries)
     runs = answer_all(loaded, list(jobs.values()), settings, progress)
     base = runs[baseline.spec]
-    random = lineup.matching_controls(entries, loaded.model.config.get_text_config().num_hidden_layers)
     rows = []
     for entry in entries:
         if entry.below is not None:
@@ -380,6 +380,14 @@ def _entries(specs: Mapping[str, str] | Sequence[Entry]) -> list[Entry]:
         roles = ("baseline", *("method" for _ in range(len(specs) - 1)))
         return [Entry(label, spec, role) for (spec, label), role in zip(specs.items(), roles)]  # type: ignore[arg-type]
     return list(specs)
+
+
+def _random_rows(loaded: Loaded, bench: Benchmark, entries: Sequence[Entry]) -> dict[str, str]:
+    """Spec of a method -> spec of its random row; images are only counted where there is a random row."""
+    if not any(is_random(entry.spec) for entry in entries):
+        return {}
+    layers = loaded.model.config.get_text_config().num_hidden_layers
+    return matching_controls(entries, layers, visual_tokens(loaded, bench))
 
 
 def _validation(bench: Benchmark, baseline: Entry, out: Path, settings: Settings) -> Job:

@@ -43,7 +43,7 @@ class Row:
         collapsed: the groups whose captions collapsed, which is why.
         versus: metric key -> the difference to the baseline with its test; empty for the baseline itself.
         metrics: what the score consists of, in the order of the tables.
-        control: label of the row with random tokens, the same budget before the same layer; "" if there is none.
+        control: label of the row with random tokens, as many on average from the same layer on; "" if there is none.
         versus_control: metric key -> the difference to that row with its test.
         images: metric key -> how many images it is about.
     """

@@ -93,7 +93,7 @@ def notes(rows: Sequence[Row], differences: bool = True) -> list[str]:
         )
     if differences and any(entry.versus_control for entry in rows):
         found.append(
-            "Against random tokens: as many of them, kept before the same layer, seed 0; "
+            "Against random tokens: as many on average, from the same first layer on, seed 0; "
             + (
                 f"* as for the baseline, p < {LEVEL:g}."
                 if any(pair.significant() for entry in rows for pair in entry.versus_control.values())

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vlmattn import budget
 from vlmattn.edits import AttnEdit, Keep, Tags
-from vlmattn.errors import LayerError, SpecError
+from vlmattn.errors import BudgetError, LayerError, SpecError
+from vlmattn.methods.checks import Checks
 from vlmattn.methods.views import Attention, LayerView, Look, View
 
 REGISTRY: dict[str, type[Method]] = {}
@@ -115,7 +116,7 @@ SCOPES = ("image", "sample")
 POSITIONS = ("original", "compact")
 
 
-class Selector(Method):
+class Selector(Checks, Method):
     """Decides which visual tokens stay before one decoder layer or several.
 
     A subclass is a frozen dataclass with a field `before_layer` and implements `select` and `left`. Most methods keep a
@@ -123,6 +124,7 @@ class Selector(Method):
 
     Attributes:
         paper_layers: the paper's layers in a model of `paper_depth` layers, one for each stage.
+        paper_after: whether the paper prunes after these layers, so that the stages are one layer later.
         any_stages: whether `before_layer` may name other numbers of stages than the paper has.
         min_layer: the first layer that can be pruned.
         entry_only: whether it acts on what enters the text model, so that its first stage is at layer 0.
@@ -132,6 +134,7 @@ class Selector(Method):
     kind: ClassVar[str] = "prune"
     paper_layers: ClassVar[tuple[int, ...]] = (0,)
     paper_depth: ClassVar[int] = 32
+    paper_after: ClassVar[bool] = False
     any_stages: ClassVar[bool] = False
     min_layer: ClassVar[int] = 0
     entry_only: ClassVar[bool] = False
@@ -187,7 +190,7 @@ class Selector(Method):
         """The paper's layers at this depth: each at least one behind the one before it, the last within the model."""
         layers: list[int] = []
         for layer in self.paper_layers:
-            scaled = math.floor(layer * num_layers / self.paper_depth + 0.5)
+            scaled = math.floor(layer * num_layers / self.paper_depth + 0.5) + int(self.paper_after)
             layers.append(max(scaled, self.min_layer, layers[-1] + 1 if layers else 0))
         count = len(layers)
         layers = [min(layer, num_layers - count + place) for place, layer in enumerate(layers)]
@@ -269,9 +272,14 @@ class Pruner(Selector):
     has a rounding or stages of its own. The base resolves budgets, order, several images and unequal rows. A `select`
     that keeps other numbers than `quota` says comes with a `left` that tells them.
 
+    Attributes:
+        instead_of_keep: the parameter that stands in place of `keep` where it is not None; "" if there is none.
+
     Raises:
         BudgetError, LayerError, SpecError: a parameter is out of range.
     """
+
+    instead_of_keep: ClassVar[str] = ""
 
     keep: float | int = param(0.5, "share (float in (0, 1]) or number (int) of the arriving visual tokens that stays")
     before_layer: int | tuple[int, ...] | None = param(
@@ -288,16 +296,19 @@ class Pruner(Selector):
     def __post_init__(self) -> None:
         """Validate the fields."""
         budget.check(self.keep, f"{self.name}.keep")
+        default = next(field.default for field in dataclasses.fields(self) if field.name == "keep")
+        if self.fixed and self.keep != default:
+            other = f"{self.name}.{self.instead_of_keep}={getattr(self, self.instead_of_keep)!r}"
+            raise BudgetError(f"{self.name}.keep={self.keep!r} does nothing beside {other}: leave one of them out")
         for field, words in (("budget_scope", SCOPES), ("positions", POSITIONS)):
             self._one_of(field, words)
-        if not isinstance(self.shrink_early_layers, bool):
-            raise SpecError(f"{self.name}.shrink_early_layers={self.shrink_early_layers!r}: expected True or False")
+        self._flag("shrink_early_layers")
         super().__post_init__()
 
-    def _one_of(self, field: str, words: Sequence[str]) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, str) or value not in words:
-            raise SpecError(f"{self.name}.{field}={value!r}: expected one of {', '.join(words)}")
+    @property
+    def fixed(self) -> bool:
+        """Whether another parameter tells how many tokens stay, so that `keep` must be left at its default."""
+        return bool(self.instead_of_keep) and getattr(self, self.instead_of_keep) is not None
 
     @property
     def is_noop(self) -> bool:

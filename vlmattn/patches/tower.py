@@ -205,7 +205,7 @@ def _entropies(gray: Sequence[Tensor], look: Look) -> list[Tensor]:
     """Bits of the histogram over 256 values, per token."""
     images = []
     for patches in gray:
-        value = patches.float().clamp(0, 255).long()
+        value = patches.float().round().clamp(0, 255).long()
         share = torch.zeros(*value.shape[:-1], 256, device=value.device).scatter_add(
             -1, value, torch.ones_like(value, dtype=torch.float32)
         )

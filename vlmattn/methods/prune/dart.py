@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from vlmattn.edits import Keep
-from vlmattn.errors import SpecError
 from vlmattn.methods.base import Pruner, View, param, register
 from vlmattn.methods.prune._select import Pools, ranks
 
@@ -71,13 +70,10 @@ class DART(Pruner):
         """Validate the fields."""
         super().__post_init__()
         for name, least in (("image_pivots", 1), ("text_pivots", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise SpecError(f"dart.{name}={value!r}: expected an int >= {least}")
+            self._count(name, least)
         if self.norm is not None:
             self._one_of("norm", ("final", "layer"))
-        if not isinstance(self.exact_budget, bool):
-            raise SpecError(f"dart.exact_budget={self.exact_budget!r}: expected True or False")
+        self._flag("exact_budget")
 
     @property
     def needs(self) -> frozenset[str]:

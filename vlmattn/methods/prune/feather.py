@@ -49,8 +49,7 @@ class Feather(Pruner):
         self._one_of("softmax_over", ("visual", "all"))
         if self.stride is not None and (type(self.stride) is not int or self.stride < 1):
             raise SpecError(f"feather.stride={self.stride!r}: expected an int >= 1, or None for no grid")
-        if not isinstance(self.rotary, bool):
-            raise SpecError(f"feather.rotary={self.rotary!r}: expected True or False")
+        self._flag("rotary")
 
     @property
     def adaptive(self) -> bool:

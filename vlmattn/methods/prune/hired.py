@@ -9,8 +9,9 @@ share of early attention that falls on each tile) need a family that cuts images
 come one by one are served as the code serves crops without a whole image: every frame of a video gets an equal share.
 
 Deviations from the released code: the budget is the nearest number of tokens and what division leaves over goes to the
-first frames (`exact_budget=False`: rounded down, as in the code); kept tokens keep their positions
-(`positions="compact"` is the code's). Towers without CLS rank by the attention received.
+first frames (`exact_budget=False`: rounded down, as in the code, but at least one token of an image or video stays);
+kept tokens keep their positions (`positions="compact"` is the code's). Towers without CLS rank by the attention
+received.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from vlmattn import budget
 from vlmattn.edits import Keep
-from vlmattn.errors import SpecError
 from vlmattn.methods.base import Look, Pruner, View, param, register
 
 
@@ -41,8 +41,7 @@ class HiRED(Pruner):
     def __post_init__(self) -> None:
         """Validate the fields."""
         super().__post_init__()
-        if not isinstance(self.exact_budget, bool):
-            raise SpecError(f"hired.exact_budget={self.exact_budget!r}: expected True or False")
+        self._flag("exact_budget")
 
     @property
     def looks(self) -> Mapping[str, Look]:
@@ -97,11 +96,12 @@ def tile_budgets(counts: list[int], total: int, cap: int, exact: bool = True) ->
         counts: tokens of the tile that early attention picks, or any other weight.
         total: of all tiles.
         cap: tokens of a tile.
-        exact: spend what rounding down and `cap` leave over, the largest fractions first.
+        exact: spend what rounding down and `cap` leave over, the largest fractions first; if not, only one token where
+            otherwise none would stay.
     """
     weight = sum(counts)
     budgets = [min(total * count // max(weight, 1), cap) for count in counts]
-    left = total - sum(budgets) if exact else 0
+    left = total - sum(budgets) if exact else int(total > 0 and not any(budgets))
     by_fraction = sorted(range(len(counts)), key=lambda tile: -(total * counts[tile] % max(weight, 1)))
     while left > 0 and (room := [tile for tile in by_fraction if budgets[tile] < cap]):
         each = max(left // len(room), 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ def centres(total: int, cells: int) -> list[int]:
 @dataclass(frozen=True)
 class Pool(Pruner):
     """Make of the grid of visual tokens a smaller one by pooling."""
+
+    instead_of_keep: ClassVar[str] = "size"
 
     mode: str = param("average", "'average' or 'max' of each cell, or 'bilinear' interpolation")
     size: int | None = param(None, "pool squares of that many tokens a side, in place of `keep`")

@@ -21,6 +21,7 @@ training-free form.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from vlmattn import budget
 from vlmattn.edits import Keep
-from vlmattn.errors import SpecError, VlmattnWarning
+from vlmattn.errors import VlmattnWarning
 from vlmattn.methods.base import POSITIONS, Look, Selector, View, param, register
 from vlmattn.methods.prune._select import Pools, absorbed, arranged, quantile, ranks, remainder, rewritten
 
@@ -67,12 +68,10 @@ class PruMerge(Selector):
         if self.keep is not None:
             budget.check(self.keep, "prumerge.keep")
         for field, words in (("heads", tuple(HEADS)), ("order", ("raster", "score")), ("positions", POSITIONS)):
-            if getattr(self, field) not in words:
-                raise SpecError(f"prumerge.{field}={getattr(self, field)!r}: expected one of {', '.join(words)}")
-        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
-            raise SpecError(f"prumerge.neighbours={self.neighbours!r}: expected an int >= 0")
-        if isinstance(self.factor, bool) or not self.factor >= 0:
-            raise SpecError(f"prumerge.factor={self.factor!r}: expected a number >= 0")
+            self._one_of(field, words)
+        self._flag("plus", "extra")
+        self._count("neighbours", 0)
+        self._number("factor", "a finite number >= 0", lambda factor: 0 <= factor < math.inf)
 
     @property
     def is_noop(self) -> bool:

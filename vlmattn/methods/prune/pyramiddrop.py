@@ -34,6 +34,7 @@ class PyramidDrop(Pruner):
     paper_layers: ClassVar[tuple[int, ...]] = (8, 16, 24)
     any_stages: ClassVar[bool] = True
     min_layer: ClassVar[int] = 1
+    instead_of_keep: ClassVar[str] = "ratios"
 
     keep: float | int = param(0.5, "share (or number) of the visual tokens after the first stage; later its powers")
     ratios: tuple[float, ...] | None = param(None, "shares of the image's tokens after each stage, in place of `keep`")

@@ -21,6 +21,7 @@ token sits on the slot of the best token that does not stay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,7 +30,6 @@ import torch
 from torch import Tensor
 
 from vlmattn.edits import Keep
-from vlmattn.errors import SpecError
 from vlmattn.methods.base import POSITIONS, Look, Selector, View, param, register
 from vlmattn.methods.prune._select import Pools, absorbed, arranged, outliers, ranks, remainder, rewritten
 
@@ -61,14 +61,12 @@ class Recoverable(Selector):
         """
         super().__post_init__()
         for field in ("neighbours", "merge_neighbours", "cluster", "min_tokens"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SpecError(f"recoverable.{field}={value!r}: expected an int >= 1")
-        if isinstance(self.max_share, bool) or not 0 < self.max_share <= 1:
-            raise SpecError(f"recoverable.max_share={self.max_share!r}: expected a share in (0, 1]")
+            self._count(field, 1)
+        self._number("text_weight", "a finite number", math.isfinite)
+        self._number("max_share", "a share in (0, 1]", lambda share: 0 < share <= 1)
+        self._flag("merging", "faithful_bugs")
         for field, words in (("order", ("raster", "code")), ("positions", POSITIONS)):
-            if getattr(self, field) not in words:
-                raise SpecError(f"recoverable.{field}={getattr(self, field)!r}: expected one of {', '.join(words)}")
+            self._one_of(field, words)
 
     def disabled(self) -> None:
         """Nothing: it has no strength."""

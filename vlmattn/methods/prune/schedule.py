@@ -59,6 +59,7 @@ class Schedule(Pruner):
     """Keep as many visual tokens in every layer as a falling curve says, ranked by the text's attention."""
 
     min_layer: ClassVar[int] = 1
+    instead_of_keep: ClassVar[str] = "shares"
 
     keep: float | int = param(0.125, "average share (or number) of the visual tokens over all decoder layers")
     before_layer: int | tuple[int, ...] | None = param(None, "the first decoder layer that prunes; None: layer 1")
@@ -74,18 +75,18 @@ class Schedule(Pruner):
         """Validate the fields."""
         super().__post_init__()
         self._one_of("query", ("after", "last"))
-        if not isinstance(self.rank_once, bool):
-            raise SpecError(f"schedule.rank_once={self.rank_once!r}: expected True or False")
-        if type(self.group) is not int or self.group < 1:
-            raise SpecError(f"schedule.group={self.group!r}: expected an int >= 1")
-        if not self.steepness > 0 or not 0 <= self.floor <= self.ceiling <= 1:
-            raise SpecError(
-                f"schedule(steepness={self.steepness!r}, floor={self.floor!r}, ceiling={self.ceiling!r}): expected a "
-                "steepness above 0 and 0 <= floor <= ceiling <= 1"
-            )
+        self._flag("rank_once")
+        self._count("group", 1)
+        self._number("steepness", "a finite number above 0", lambda steepness: 0 < steepness < math.inf)
+        self._number("ceiling", "a share in [0, 1]", lambda ceiling: 0 <= ceiling <= 1)
+        self._number("floor", "a share from 0 to `ceiling`", lambda floor: 0 <= floor <= self.ceiling)
         if self.shares is not None:
+            if not isinstance(self.shares, list | tuple):
+                raise SpecError(f"schedule.shares={self.shares!r}: expected one share a layer, such as [1.0, 0.5]")
             object.__setattr__(self, "shares", tuple(self.shares))
             for share in self.shares:
+                if isinstance(share, bool) or not isinstance(share, int | float):
+                    raise SpecError(f"schedule.shares={self.shares!r}: expected numbers in (0, 1], not {share!r}")
                 budget.check(float(share), "schedule.shares")
             if any(b > a for a, b in itertools.pairwise(self.shares)):
                 raise BudgetError(f"schedule.shares={self.shares!r} grows: a dropped token cannot come back")

@@ -5,9 +5,9 @@ tokens, and make a few tokens of what is dropped. Zhang et al., "SparseVLM: Visu
 Vision-Language Model Inference", arXiv 2410.04417.
 
 Raters, once, from the input embeddings: `r_i = mean over visual rows of softmax over text columns of V T'`, T the text
-behind the image; raters are those above the mean of r. Stages: attention received in the layer before, mean over
-raters and heads; the best stay. Recycling: of what a stage drops take the best int(0.3 n) + 1, cluster them by density
-peaks into int(m / 10) + 1 groups, and put each group's mean at its peak.
+behind the image; raters are those above the mean of r. Stages, after layers 2, 6 and 15 of 32: attention received in
+that layer, mean over raters and heads; the best stay. Recycling: of what a stage drops take the best int(0.3 n) + 1,
+cluster them by density peaks into int(m / 10) + 1 groups, and put each group's mean at its peak.
 
 `keep` is the released code's budget (192, 128, 96, 64 of 576); the numbers after each stage are those of its tables
 `v2` and `v1`, scaled to the image and, between budgets, interpolated; the real average is higher, since early layers
@@ -101,7 +101,8 @@ def density_peaks(x: Tensor, present: Tensor, clusters: Tensor) -> tuple[Tensor,
 class SparseVLM(Pruner):
     """Keep at each of three stages the visual tokens that the matching words attend to most."""
 
-    paper_layers: ClassVar[tuple[int, ...]] = (3, 7, 16)
+    paper_layers: ClassVar[tuple[int, ...]] = (2, 6, 15)
+    paper_after: ClassVar[bool] = True
     min_layer: ClassVar[int] = 1
 
     keep: float | int = param(0.3333, "the code's budget as a share (or number) of the visual tokens")
@@ -115,8 +116,7 @@ class SparseVLM(Pruner):
         self._one_of("table", tuple(TABLES))
         if isinstance(self.heads, bool) or not isinstance(self.heads, float) or not 0 < self.heads <= 1:
             raise SpecError(f"sparsevlm.heads={self.heads!r} is outside (0, 1]: give the share of heads that count")
-        if not isinstance(self.recycle, bool):
-            raise SpecError(f"sparsevlm.recycle={self.recycle!r}: expected True or False")
+        self._flag("recycle")
 
     @property
     def merges(self) -> bool:

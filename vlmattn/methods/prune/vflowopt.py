@@ -15,17 +15,18 @@ Before two later layers a share 1 - r_1 and 1 - r_2 of the tokens that arrive, t
 r_2 follows from it.
 
 Deviations: what is not given is taken from the paper's searched settings for a model of 28 layers at 10, 25 and 50 %,
-linear in `keep` between them (the search for a model of your own is not done here). If no token is above the
-threshold, all count (the code has NaN). Images are recycled one by one, also where a prompt has several; videos, and
-tokens without a grid, are ranked only. Attention in the language model is causal throughout (under SDPA the code's is
-not in one layer). A token that joins several patches gets the sum of their attention. Entropies are those of the
-picture's values (the code wraps normalised ones around).
+linear in `keep` between them (the search for a model of your own is not done here). If no token is above the threshold,
+all count, and a warning says so (the code has NaN). Images are recycled one by one, also where a prompt has several;
+videos, and tokens without a grid, are ranked only. Attention in the language model is causal throughout (under SDPA the
+code's is not in one layer). A token that joins several patches gets the sum of their attention. Entropies are those of
+the picture's values (the code wraps normalised ones around), if its processor normalises by CLIP's mean and deviation.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from vlmattn.edits import Keep
-from vlmattn.errors import BudgetError, SpecError
+from vlmattn.errors import BudgetError, SpecError, VlmattnWarning
 from vlmattn.methods.base import Look, Pruner, View, param, register
 from vlmattn.methods.prune._select import Pools, ranks
 
@@ -72,15 +73,18 @@ class VFlowOpt(Pruner):
         super().__post_init__()
         if not isinstance(self.keep, float):
             raise BudgetError(f"vflowopt.keep={self.keep!r}: give the mean share over all layers, a float in (0, 1]")
-        for field, top in (("entry", 1.0), ("middle", 1.0), ("threshold", math.inf), ("cell", math.inf)):
-            value = getattr(self, field)
-            least = 0 if field != "cell" else 1
-            if value is not None and (isinstance(value, bool) or not least <= value <= top):
-                raise SpecError(f"vflowopt.{field}={value!r}: expected a number between {least} and {top}, or None")
-        if isinstance(self.alpha, bool) or not -1 <= self.alpha <= 1:
-            raise SpecError(f"vflowopt.alpha={self.alpha!r}: expected a number in [-1, 1]")
-        if not isinstance(self.recycle, bool):
-            raise SpecError(f"vflowopt.recycle={self.recycle!r}: expected True or False")
+        if self.entry is not None:
+            self._number("entry", "a share in (0, 1], or None", lambda share: 0 < share <= 1)
+        if self.middle is not None:
+            self._number("middle", "a share in (0, 1], or None", lambda share: 0 < share <= 1)
+        if self.threshold is not None:
+            self._number("threshold", "a finite number >= 0, or None", lambda times: 0 <= times < math.inf)
+        if self.cell is not None:
+            self._number("cell", "a finite number >= 1, or None", lambda side: 1 <= side < math.inf)
+        self._number("alpha", "a number in [-1, 1]", lambda weight: -1 <= weight <= 1)
+        self._flag("recycle")
+        if self.recycle and self.budget_scope == "sample":
+            raise SpecError("vflowopt recycles within an image: budget_scope='sample' needs recycle=False")
 
     @property
     def adaptive(self) -> bool:
@@ -106,8 +110,17 @@ class VFlowOpt(Pruner):
     def important(self, received: Tensor, present: Tensor) -> Tensor:
         """`(P, W)` weights of the tokens' own rows: equal ones for those that receive enough, of all if none does."""
         mean = received.masked_fill(~present, 0.0).sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp_min(1)
-        chosen = (received > self._setting("threshold") * mean) & present
-        chosen = torch.where(chosen.any(1, keepdim=True), chosen, present)
+        threshold = self._setting("threshold")
+        chosen = (received > threshold * mean) & present
+        found = chosen.any(1, keepdim=True)
+        if not bool(found.all()):
+            warnings.warn(
+                f"{self}: no token of an image receives more than {threshold:.4g} times the mean attention (there can "
+                f"be none among {math.floor(threshold)} tokens or fewer), so that all count: give a lower `threshold`",
+                VlmattnWarning,
+                stacklevel=2,
+            )
+        chosen = torch.where(found, chosen, present)
         return chosen / chosen.sum(1, keepdim=True).clamp_min(1)
 
     def softmax(self, entropy: Tensor, present: Tensor) -> Tensor:
@@ -127,7 +140,7 @@ class VFlowOpt(Pruner):
         importance = pools.split(self.importance(view))
         fewer = torch.floor(pools.sizes * (1 - share) + 0.5).long()
         place = ranks(importance, pools.present)
-        if view.stage or not self.recycle or self.budget_scope == "sample":
+        if view.stage or not self.recycle:
             return pools.keep(place < (pools.sizes - fewer)[:, None])
         return self._recycled(pools, importance, place, fewer)
 

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from vlmattn.edits import Keep
-from vlmattn.errors import SpecError
 from vlmattn.methods.base import Look, Pruner, View, param, register
 from vlmattn.methods.prune._select import Pools, arranged, cosine, ranks, rewritten
 
@@ -50,10 +49,8 @@ class VisionZip(Pruner):
         """Validate the fields."""
         super().__post_init__()
         self._one_of("order", ("raster", "code"))
-        if isinstance(self.contextual, bool) or not 0 <= self.contextual < 1:
-            raise SpecError(f"visionzip.contextual={self.contextual!r}: expected a share in [0, 1)")
-        if not isinstance(self.keep_cls, bool):
-            raise SpecError(f"visionzip.keep_cls={self.keep_cls!r}: expected True or False")
+        self._number("contextual", "a share in [0, 1)", lambda share: 0 <= share < 1)
+        self._flag("keep_cls")
 
     @property
     def merges(self) -> bool:

@@ -132,11 +132,16 @@ class Family:
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-"""How the released processors of all families here normalise red, green and blue."""
+"""How the released processors of all families here normalise red, green and blue: CLIP's constants."""
 
 
 def gray_values(pixels: Tensor, channels: int) -> Tensor:
-    """The mean of red, green and blue in [0, 255] of normalised `pixels`, whose dimension `channels` has the three."""
+    """The mean of red, green and blue in [0, 255] of normalised `pixels`, whose dimension `channels` has the three.
+
+    A model's config does not say how its processor normalises. Where that is not by `PIXEL_MEAN` and `PIXEL_STD` the
+    values are scaled and shifted, and so histograms of them coarser or finer; the models of `vlmattn.scenes`, whose
+    processors take 0.5 for all six, are such.
+    """
     shape = (3, *[1] * (pixels.ndim - channels - 1))
     mean, std = (torch.tensor(x, device=pixels.device).view(shape) for x in (PIXEL_MEAN, PIXEL_STD))
     return (pixels.float() * std + mean).mean(channels) * 255
