@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from vlmattn.budget import count
 from vlmattn.errors import DataError
 
 IN_MODEL = (0.75, 0.5, 0.35)
@@ -149,7 +148,15 @@ def takes_keep(method: Any) -> bool:
 
 def shortest_share(tokens: int, total: int) -> float:
     """The share with the fewest digits that is `tokens` of `total` tokens, both at least 1."""
-    return next(share for share in _shares(tokens, total) if count(total, share) == tokens)
+    return next(share for share in _shares(tokens, total) if left(total, share) == tokens)
+
+
+def left(total: int, keep: float | int) -> int:
+    """How many of `total` tokens a budget leaves."""
+    from vlmattn import spec as specs
+
+    [pruner] = specs.parse(f"random(keep={keep!r}, before_layer=0)")
+    return pruner.expected_tokens(total, 1)[0]
 
 
 def _near(target: float, most: int, counts: Any) -> range:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vlmattn import budget
 from vlmattn.errors import DataError
 from vlmattn.eval import budgets
 from vlmattn.eval.items import some
@@ -219,7 +218,7 @@ def _keep(pruner: Any, num_layers: int, visual_tokens: int) -> float | int | Non
         return None
     first = pruner.resolve_layer(num_layers)
     tokens = math.floor(fmean(pruner.expected_tokens(visual_tokens, num_layers)[first:]) + 0.5)
-    if own is not None and budget.count(visual_tokens, own) == tokens:
+    if own is not None and budgets.left(visual_tokens, own) == tokens:
         return own
     return budgets.shortest_share(tokens, visual_tokens) if tokens < visual_tokens else None
 
