@@ -64,6 +64,7 @@ def verdicts(result: CheckResult) -> dict[str, str]:
         ("feather(keep=0.4)", {"backends"}),
         ("schedule(keep=0.5)", {"backends"}),
         ("dart(keep=0.5)", {"backends"}),
+        ("vflowopt(recycle=False)", {"backends"}),
         ("pool(keep=0.5)", {"removal = masking", "backends"}),
         ("fastv(keep=0.5, before_layer=2, shrink_early_layers=True)", {"oracle generation", "backends"}),
         (VAR_TINY, {"removal = masking"}),

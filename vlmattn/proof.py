@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from vlmattn.errors import CallError, VlmattnError
+from vlmattn.errors import BudgetError, CallError, VlmattnError
 from vlmattn.methods.base import Editor, Method, Pruner, Selector
 from vlmattn.patches import families
 from vlmattn.session import Session, wrap
@@ -183,9 +183,10 @@ class Proof:
         """The method with a budget of all tokens; disabled where it has none, or would do more than drop nothing."""
         tokens, layers = int(self.visual.sum()), len(self.layers)
         if isinstance(method, Pruner) and not (method.fixed or method.merges) and method.positions == "original":
-            full = dataclasses.replace(method, keep=tokens)
-            if full.expected_tokens(tokens, layers) == [tokens] * layers:
-                return full
+            with suppress(BudgetError):  # some take a share only
+                full = dataclasses.replace(method, keep=tokens)
+                if full.expected_tokens(tokens, layers) == [tokens] * layers:
+                    return full
         return method.disabled()
 
     def removal(self) -> CheckRow:

@@ -6,7 +6,6 @@ tasks are asked for decides neither the pictures nor the other tasks' questions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from .render import Box
 from .several import Prompt
 from .several_kinds import IMAGES, KINDS, Kind
 from .several_questions import ask_several
-from .splits import SPLITS
+from .splits import SPLITS, content_sha256, write_lines
 from .world import random_state
 
 _CYCLE = 4
@@ -77,11 +76,7 @@ class SeveralSet:
     @cached_property
     def sha256(self) -> str:
         """Hash over the pixels of all pictures and over all rows, hexadecimal."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            digest.update(name.encode() + self._drawn(name)[1].tobytes())
-        digest.update(json.dumps(self.rows, sort_keys=True).encode())
-        return digest.hexdigest()
+        return content_sha256(((name, self._drawn(name)[1]) for name in self.names), self.rows)
 
     def save(self, folder: str | Path) -> None:
         """Write the set as files.
@@ -94,7 +89,7 @@ class SeveralSet:
         for name in self.names:
             for file, picture in zip(_files(self.kind, name), self.pictures(name), strict=True):
                 picture.save(target / "images" / file)
-        (target / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        write_lines(target / "questions.jsonl", self.rows)
         about = {"kind": self.kind.name, "world": self.kind.world.name, "split": self.split, "seed": self.seed}
         (target / "scenes.json").write_text(
             json.dumps({**about, "tasks": self.tasks, "sha256": self.sha256}, indent=2) + "\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -121,11 +121,7 @@ class SceneSet:
     @cached_property
     def sha256(self) -> str:
         """Hash over the pixels of all pictures and over all rows, hexadecimal."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            digest.update(name.encode() + self._drawn(name)[1].tobytes())
-        digest.update(json.dumps(self.rows, sort_keys=True).encode())
-        return digest.hexdigest()
+        return content_sha256(((name, self._drawn(name)[1]) for name in self.names), self.rows)
 
     def save(self, folder: str | Path) -> None:
         """Write the set as files.
@@ -141,16 +137,26 @@ class SceneSet:
         for task in self.tasks:
             if task in EXISTENCE_TASKS:
                 rows = [{k: v for k, v in row.items() if k != "task"} for row in self.rows if row["task"] == task]
-                _write_lines(target / f"scenes_pope_{task.removeprefix('exist-')}.json", rows)
+                write_lines(target / f"scenes_pope_{task.removeprefix('exist-')}.json", rows)
         others = [row for row in self.rows if row["task"] not in EXISTENCE_TASKS]
         if others:
-            _write_lines(target / "questions.jsonl", others)
+            write_lines(target / "questions.jsonl", others)
         about = {"world": self.world.name, "split": self.split, "seed": self.seed, "tasks": self.tasks}
         about["sha256"] = self.sha256
         (target / "scenes.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+def content_sha256(pictures: Iterable[tuple[str, np.ndarray]], rows: list[dict[str, Any]]) -> str:
+    """Hexadecimal hash over names with their pixels, in order, and over rows."""
+    digest = hashlib.sha256()
+    for name, pixels in pictures:
+        digest.update(name.encode() + pixels.tobytes())
+    digest.update(json.dumps(rows, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -57,7 +57,7 @@ class VFlowOpt(Pruner):
     paper_depth: ClassVar[int] = 28
     entry_only: ClassVar[bool] = True
 
-    keep: float | int = param(0.5, "mean share of visual tokens over all layers, a float in (0, 1]")
+    keep: float = param(0.5, "mean share of visual tokens over all layers, a float in (0, 1]")
     before_layer: int | tuple[int, ...] | None = param(
         None, "three layers, the first 0; None: the paper's at this depth"
     )
