@@ -268,6 +268,7 @@ def test_a_run_is_warm_started_resumed_and_packaged(tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "scenes-qwen", dtype=torch.float32)
     assert type(processor).__name__ == "ScenesQwenProcessor" and model.config.model_type == "qwen2_5_vl"
     assert type(models.load(str(tmp_path / "scenes-qwen")).processor) is type(processor)
+    assert models.world(str(tmp_path / "scenes-qwen")) == VERSION_QWEN.world.name
     stored = load_file(tmp_path / "run" / WEIGHTS)
     assert all(torch.equal(weight, stored[name].bfloat16().float()) for name, weight in model.named_parameters())
     scene = benchmark("test", ("color",), 1, world="qwen")

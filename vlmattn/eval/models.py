@@ -46,15 +46,21 @@ def is_embedded(name: str) -> bool:
 
 
 def world(name: str) -> str:
-    """Name of the world of scenes that a model is asked about: an embedded one's own, else the default one.
+    """Name of the world of scenes that a model is asked about: of a scenes model, packaged or a folder, its own.
 
     Raises:
         DataError: an embedded model does not say which it was trained on.
     """
     from vlmattn import scenes
     from vlmattn.eval.benchmarks.scenes import DEFAULT_WORLD
+    from vlmattn.scenes import library
 
-    return scenes.version(name).world.name if is_embedded(name) else DEFAULT_WORLD
+    if is_embedded(name):
+        return scenes.version(name).world.name
+    try:
+        return library.recorded_version(Path(name)).world.name
+    except DataError:
+        return DEFAULT_WORLD
 
 
 def check_name(name: str) -> str:
