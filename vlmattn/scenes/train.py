@@ -5,10 +5,10 @@ otherwise. A checkpoint is written every ``--checkpoint-every`` steps; a killed 
 last one and ends with the same weights as an undisturbed run, because every batch is a function of the seed and the
 step. A run that sits on a plateau (plateaus.py) is given up and started again with the next seed. ``DIR`` receives
 ``settings.json``, ``curve.jsonl`` (one JSON object per line), ``curve-seed<N>.jsonl`` of each seed that was given up,
-``checkpoint.pt`` and ``joint.safetensors``, ``several.safetensors`` where there is that stage, and ``model.safetensors`` (fp32 master
-weights behind each stage but the first), of which ``python -m vlmattn.scenes.export`` makes a packaged model. Stages
-that have not begun may be given other settings; ``--resume back`` trains anew what other settings change, and keeps the
-stages before.
+``checkpoint.pt`` and ``joint.safetensors``, ``several.safetensors`` where there is that stage, and
+``model.safetensors`` (fp32 master weights behind each stage but the first): ``python -m vlmattn.scenes.export`` makes
+a packaged model of them. Stages that have not begun may be given other settings; ``--resume back`` trains anew what
+other settings change, and keeps the stages before.
 """
 
 from __future__ import annotations
