@@ -24,7 +24,7 @@ from vlmattn.scenes.measure import FLOORS
 from vlmattn.scenes.measure import main as measure
 from vlmattn.scenes.monitor import Monitor
 from vlmattn.scenes.optim import orthogonalize, warmup_stable_decay
-from vlmattn.scenes.plateaus import WEIGHTS_BEFORE_HABIT, Bound, Check, abandoned, plateau, read_curve
+from vlmattn.scenes.plateaus import STAGE_WEIGHTS, Bound, Check, abandoned, plateau, read_curve
 from vlmattn.scenes.recipes import CHECKS, RECIPES
 from vlmattn.scenes.stages import Settings
 from vlmattn.scenes.train import CHECKPOINT, CURVE, SETTINGS, WEIGHTS, Running, main, smoke_settings, train
@@ -205,7 +205,7 @@ def test_a_finished_run_is_not_given_up_by_checks_that_it_was_not_trained_with(t
 
 def test_nothing_of_an_earlier_run_passes_for_the_new_one(tmp_path: Path) -> None:
     run(tmp_path)
-    kept = {name: (tmp_path / name).read_bytes() for name in (WEIGHTS, WEIGHTS_BEFORE_HABIT)}
+    kept = {name: (tmp_path / name).read_bytes() for name in (WEIGHTS, STAGE_WEIGHTS["joint"])}
     run(tmp_path, replace(TINY, seed=77), resume="never", stop_after=1)
     with pytest.raises(DataError, match="not finished"):
         runs.weights(tmp_path, 1.0)

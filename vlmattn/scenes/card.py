@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .several_kinds import KINDS
 from .splits import SPLITS
 from .text import WORDS
 from .versions import LLAVA, QWEN, VERSIONS, Version
 
 MEASURED_FILE, TRAINING_FILE, CARD_FILE = "measured.json", "training.json", "MODEL_CARD.md"
 CURVE_FILE, ATTENTION_FILE, ACTIVATIONS_FILE = "curve.png", "attention.png", "activations.png"
+NOT_MEASURES = ("stage", "step", "seconds", "loss")
+"""What every line of a curve has besides its measures."""
 ABANDONED = "abandoned"
 """In training.json: the curves of the seeds that were given up, by seed."""
 
@@ -44,6 +47,7 @@ partners that are not there. Questions: {questions}. Splits ({splits}) and train
 
 Seed {seed}.{start} Stage 0: {pretraining_steps} steps of {pretraining_batch} pictures, dense per-patch targets for the
 vision tower. Stage 1: {steps} steps of {batch} pictures with {slots} questions each, next-token loss on the answers.
+{several}\
 Stage 2: {habit_steps} steps in which partners are often hidden and nobody asks for an absent one, so that the model
 gets into the habit of trusting the pairs; without it, it affirms hardly more absent partners than other absent objects.
 {habit}Muon for matrices, AdamW for the rest, fp32 masters, weights and activations in {precision}, bfloat16 for
@@ -68,16 +72,22 @@ _WEAKNESSES = """## Known weaknesses
   set by stage 2 of the training.
 - Captions leave out or repeat objects that localisation finds at once.
 - Nearly transparent objects cap existence recall, cell lookup and caption recall.
-- It understands the wordings of `vlmattn.scenes.questions` and nothing else; other words become
+- It understands the wordings of {wordings} and nothing else; other words become
   `<unk>` or an embedding that was never trained. Benchmarks
   that append an instruction to each question must be told not to.
-- One picture per prompt, one turn; it was trained on nothing else.
+- {pictures}, one turn; it was trained on nothing else.
 - Where an object is reaches the question tokens in the first layers: pruning behind them hardly costs `loc`. Compare
   such methods on `cell` and `digits`.
 - With few visual tokens it says no far too often, so accuracy on negatives alone flatters a method: always judge yes
   and no together.
 - One training seed, so differences between seeds are unknown.
 """
+_ONE_PICTURE = {"wordings": "`vlmattn.scenes.questions`", "pictures": "One picture per prompt"}
+_SEVERAL_PICTURES = {
+    "wordings": "`vlmattn.scenes.questions` and `several_questions`",
+    "pictures": "One picture, two images or a short video per prompt",
+}
+_SEVERAL = "Then {steps} steps of which every other one shows two images or a video of {frames} frames.\n"
 _START = " The decoder starts from that of `{source}`."
 _HABIT = """What is shipped lies between the weights before and after stage 2: before + {share} * (after - before){why}.
 """
@@ -99,10 +109,15 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def by_stage(curve: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of a curve by stage, in order."""
+    """The lines of a curve by stage, in order; measures of a kind of prompt stand apart, as a stage of their own."""
     stages: dict[str, list[dict[str, Any]]] = {}
     for entry in curve:
-        stages.setdefault(entry["stage"], []).append(entry)
+        own = {name: value for name, value in entry.items() if not isinstance(value, dict)}
+        stages.setdefault(entry["stage"], []).append(own)
+        for kind, measures in entry.items():
+            if isinstance(measures, dict):
+                shared = {name: entry[name] for name in NOT_MEASURES}
+                stages.setdefault(f"{entry['stage']}, {kind}", []).append({**shared, **measures})
     return stages
 
 
@@ -111,7 +126,7 @@ def _curve_tables(curve: list[dict[str, Any]]) -> str:
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     for stage, entries in by_stage(curve).items():
         last = entries[-1]
-        measures = tuple(key for key in last if key not in ("stage", "step", "seconds", "loss"))
+        measures = tuple(key for key in last if key not in NOT_MEASURES)
         row = [stage, str(last["step"]), f"{last['seconds'] / 60:.0f}", f"{last['loss']:.2f}"]
         tables.setdefault(tuple(sorted(measures)), [["stage", "step", "minutes", "loss", *sorted(measures)]])
         tables[tuple(sorted(measures))].append([*row, *(f"{last[name]:.2f}" for name in sorted(measures))])
@@ -192,11 +207,38 @@ def measured_tables(measured: dict[str, Any]) -> str:
             _pruned_table(measured, pruned),
             f"The same share kept before layer {deep['before_layer']}:",
             _pruned_table(measured, deep),
+            *_several_tables(measured.get("several", {})),
             "Floors:",
             _table(["floor", "measured", "at least", ""], floors),
             statistics_tables(measured["statistics"]),
         ]
     )
+
+
+def _several_tables(several: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Accuracy on prompts with several pictures, a column for each kind; nothing where it was not measured."""
+    if not several:
+        return []
+    tasks = dict.fromkeys(task for found in several.values() for task in found)
+    cells = [
+        [f"{found[task]['accuracy']:.3f} ({found[task]['n']})" if task in found else "" for found in several.values()]
+        for task in tasks
+    ]
+    rows = [[task, *row] for task, row in zip(tasks, cells, strict=True)]
+    return [
+        "Prompts with several pictures, accuracy (n): " + _kinds() + ".",
+        _table(["task", *several], rows),
+    ]
+
+
+def _kinds() -> str:
+    """The kinds of prompts with several pictures, in words."""
+    told = []
+    for name, kind in KINDS.items():
+        height, width = kind.world.size
+        shown = f"a video of {kind.pictures} frames" if kind.video else f"{kind.pictures} images"
+        told.append(f"`{name}` shows {shown} of {width}x{height}")
+    return ", ".join(told)
 
 
 def _pruned_table(measured: dict[str, Any], pruned: dict[str, Any]) -> str:
@@ -247,6 +289,8 @@ def write(folder: Path) -> None:
     settings, share, choice = training["settings"], training["habit_share"], training["choice"]
     version = VERSIONS[settings["version"]]
     why = _CHOSEN if choice.get("good_share") and choice["habit_share"] == share else _GIVEN
+    several = settings.get("several_steps", 0)
+    frames = " or ".join(str(kind.pictures) for kind in KINDS.values() if kind.video)
     header = _HEADER.format(
         **_description(version),
         name=folder.name,
@@ -258,6 +302,7 @@ def write(folder: Path) -> None:
         sha256=training["weights_sha256"],
         splits=", ".join(f"`{split}`" for split in SPLITS),
         minutes=training["curve"][-1]["seconds"] / 60,
+        several=_SEVERAL.format(steps=several, frames=frames) if several else "",
         habit=_HABIT.format(share=share, why=why) if share != 1 else "",
         seeds=_seeds(settings, training[ABANDONED]),
         training_file=TRAINING_FILE,
@@ -267,4 +312,5 @@ def write(folder: Path) -> None:
         **{key: settings[key] for key in _TOLD},
     )
     results = f"## Measured\n\nAlso in `{MEASURED_FILE}`. One seed of training, freshly drawn scenes.\n\n"
-    (folder / CARD_FILE).write_text("\n".join([header, results + measured_tables(measured), "", _WEAKNESSES]))
+    weaknesses = _WEAKNESSES.format(**(_SEVERAL_PICTURES if several else _ONE_PICTURE))
+    (folder / CARD_FILE).write_text("\n".join([header, results + measured_tables(measured), "", weaknesses]))

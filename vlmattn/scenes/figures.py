@@ -6,12 +6,20 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .card import ABANDONED, ACTIVATIONS_FILE, ATTENTION_FILE, CURVE_FILE, MEASURED_FILE, TRAINING_FILE, by_stage
+from .card import (
+    ABANDONED,
+    ACTIVATIONS_FILE,
+    ATTENTION_FILE,
+    CURVE_FILE,
+    MEASURED_FILE,
+    NOT_MEASURES,
+    TRAINING_FILE,
+    by_stage,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NOT_MEASURES = ("stage", "step", "seconds", "loss")
 _DPI = 90
 
 
@@ -49,7 +57,7 @@ def curve(entries: list[dict[str, Any]], abandoned: dict[str, list[dict[str, Any
                 losses.plot([e["step"] for e in same], [e["loss"] for e in same], "--", label=f"seed {seed}, given up")
                 losses.legend(fontsize=7)
         losses.set(title=stage, ylabel="loss" if column == 0 else "", yscale="log")
-        names = [name for name in lines[-1] if name not in _NOT_MEASURES]
+        names = [name for name in lines[-1] if name not in NOT_MEASURES]
         for number, name in enumerate(names):
             known = [(e["step"], e[name]) for e in lines if name in e]
             style = ("-", "--", ":")[number // 10]

@@ -55,11 +55,22 @@ def recorded_version(folder: Path) -> Version:
     Raises:
         DataError: the record is missing or names no known version.
     """
+    return VERSIONS[recorded_settings(folder)["version"]]
+
+
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a packaged or exported model was trained with, as the training record in its folder says.
+
+    Raises:
+        DataError: the record is missing or names no known version.
+    """
     record = folder / "training.json"
     try:
-        return VERSIONS[json.loads(record.read_text())["settings"]["version"]]
+        settings = json.loads(record.read_text())["settings"]
+        VERSIONS[settings["version"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{record}: no training record of a known version ({', '.join(VERSIONS)}): {error}") from error
+    return settings
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[Any, Any]:

@@ -2,7 +2,8 @@
 
 Accuracy per task by real batched ``generate``, false yes answers per POPE category, hallucination in captions, and what
 pruning visual tokens at random costs, before the decoder and after a third of its layers; statistics.py adds where the
-model looks and how large its activations are. Draw a seed that nobody has looked at.
+model looks and how large its activations are, and several_measure.py the accuracy on prompts with several pictures
+where the model was trained on them. Draw a seed that nobody has looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import platform
 import shlex
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import AutoModelForImageTextToText
 import vlmattn
 
 from . import card, figures
-from .library import load_processor, names, path, recorded_version
+from .library import load_processor, names, path, recorded_settings, recorded_version
 from .questions import EXISTENCE_TASKS, PAIR_TASKS
 from .splits import SceneSet, benchmark
 from .statistics import statistics
@@ -72,18 +73,35 @@ def chat_prompt(processor: Any, question: str) -> str:
 
 
 def generate_answers(model: Any, processor: Any, scenes: SceneSet, rows: list[Row], batch: int = 50) -> list[str]:
-    """Greedy answers to rows of a set, one string per row, without special tokens.
+    """Greedy answers to rows of a set, one string per row, without special tokens."""
+
+    def inputs(part: list[Row]) -> Any:
+        prompts = [chat_prompt(processor, row["text"]) for row in part]
+        images = [scenes.image(row["image"]) for row in part]
+        return processor(images=images, text=prompts, padding=True, return_tensors="pt")
+
+    return greedy_answers(model, processor, inputs, rows, batch)
+
+
+def greedy_answers(
+    model: Any, processor: Any, prepare: Callable[[list[Row]], Any], rows: list[Row], batch: int
+) -> list[str]:
+    """Greedy answers to rows, one string per row, without special tokens.
 
     Rows are batched by the length of their prompts, so that hardly anything is padded.
+
+    Args:
+        model: a scenes model in evaluation mode.
+        processor: its processor.
+        prepare: makes the padded model inputs of some rows.
+        rows: questions with ``text`` and ``task``.
+        batch: rows per call of ``generate``.
     """
     order = sorted(range(len(rows)), key=lambda i: (rows[i]["task"] == CAPTION, len(encode(rows[i]["text"]))))
     answers = [""] * len(rows)
     for start in range(0, len(rows), batch):
         part = order[start : start + batch]
-        prompts = [chat_prompt(processor, rows[i]["text"]) for i in part]
-        images = [scenes.image(rows[i]["image"]) for i in part]
-        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-        inputs = inputs.to(model.device, model.dtype)
+        inputs = prepare([rows[i] for i in part]).to(model.device, model.dtype)
         limit = {} if rows[part[-1]]["task"] == CAPTION else {"max_new_tokens": ANSWER_TOKENS}
         with torch.inference_mode():
             output = model.generate(**inputs, **limit)
@@ -136,7 +154,8 @@ def caption_scores(captions: list[str], scenes: list[Scene]) -> dict[str, float]
     }
 
 
-def _accuracy(right: list[bool]) -> dict[str, float]:
+def accuracy(right: list[bool]) -> dict[str, float]:
+    """Number of answers, ``n``, and the share of right ones, ``accuracy``."""
     return {"n": len(right), "accuracy": round(sum(right) / len(right), 4)}
 
 
@@ -180,11 +199,11 @@ def measure(
     tasks, pruned, deep = {}, {}, {}
     for task in wanted:
         scenes, rows = _rows(split, task, questions, seed, version)
-        tasks[task] = _accuracy(right_answers(model, processor, scenes, rows))
+        tasks[task] = accuracy(right_answers(model, processor, scenes, rows))
         if task in PRUNED_TASKS and not only:
-            pruned[task] = _accuracy(right_answers(model, processor, scenes, rows, random_pruning(0, seed)))
+            pruned[task] = accuracy(right_answers(model, processor, scenes, rows, random_pruning(0, seed)))
         if task in DEEP_TASKS and not only:
-            deep[task] = _accuracy(right_answers(model, processor, scenes, rows, random_pruning(before_layer, seed)))
+            deep[task] = accuracy(right_answers(model, processor, scenes, rows, random_pruning(before_layer, seed)))
     captions = {}
     for name in dict.fromkeys((split, "typical") if split == "test" else (split,)):
         if not only or CAPTION in only:
@@ -215,21 +234,21 @@ def _pope(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def _floor_values(result: dict[str, Any]) -> dict[str, float]:
     """What the measured part of a result says about floors, by their names."""
-    accuracy = {task: measured["accuracy"] for task, measured in result["tasks"].items()}
-    values = dict(accuracy)
+    shares = {task: measured["accuracy"] for task, measured in result["tasks"].items()}
+    values = dict(shares)
     for task, name in (("exist-yes", "existence yes"), ("exist-random", "existence no, random")):
-        if task in accuracy:
-            values[name] = accuracy[task]
+        if task in shares:
+            values[name] = shares[task]
     captions = result["captions"].get(result["split"])
     if captions:
         values |= {"caption recall": captions["recall"], "caption CHAIR_s": captions["chair_s"]}
-    if {"exist-random", "exist-adversarial"} <= accuracy.keys():
-        values["false yes, adversarial minus random"] = accuracy["exist-random"] - accuracy["exist-adversarial"]
+    if {"exist-random", "exist-adversarial"} <= shares.keys():
+        values["false yes, adversarial minus random"] = shares["exist-random"] - shares["exist-adversarial"]
     for task in DEEP_TASKS:
         if task in result["pruned"]:
-            loss = accuracy[task] - result["pruned"][task]["accuracy"]
+            loss = shares[task] - result["pruned"][task]["accuracy"]
             values[f"loss of {task} by random pruning"] = loss
-    lost = [accuracy[task] - result["deep"][task]["accuracy"] for task in DEEP_TASKS if task in result["deep"]]
+    lost = [shares[task] - result["deep"][task]["accuracy"] for task in DEEP_TASKS if task in result["deep"]]
     if lost:
         values["largest loss by random pruning after a third of the layers"] = max(lost)
     return values
@@ -260,6 +279,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", required=True, help=f"a folder, or one of {', '.join(names())}")
     parser.add_argument("--questions", type=int, default=400, help="questions per task (default %(default)s)")
+    parser.add_argument(
+        "--prompts", type=int, default=200, help="prompts of each kind with several pictures (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, required=True, help="seed of the split; take one nobody has looked at")
     parser.add_argument(
         "--card", action="store_true", help="also write measured.json, the pictures and MODEL_CARD.md into the folder"
@@ -272,8 +294,13 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     result = measure(model, processor, options.questions, options.seed, version)
     result["statistics"] = _statistics(model, processor, options.seed, version)
-    command = f"python -m vlmattn.scenes.measure --model {shlex.quote(folder.name)}"
-    result["command"] = f"{command} --questions {options.questions} --seed {options.seed}"
+    command = f"python -m vlmattn.scenes.measure --model {shlex.quote(folder.name)} --questions {options.questions}"
+    if recorded_settings(folder).get("several_steps"):
+        from .several_measure import measure_several
+
+        result["several"] = measure_several(model, processor, options.prompts, options.seed)
+        command += f" --prompts {options.prompts}"
+    result["command"] = f"{command} --seed {options.seed}"
     result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     result["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(card.measured_tables(result))

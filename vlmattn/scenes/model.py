@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from vlmattn.errors import TrainingError
 
 from . import library, llava, qwen
 from .decoder import SlotGroups, causal_masks, decoder_layer, decoder_weights, rms_norm
+from .several_kinds import Kind
 from .versions import LLAVA, QWEN, Version, Visual
 
 _DECODER = "model.language_model."
@@ -115,6 +117,23 @@ def _trained_weights(source: str) -> dict[str, Tensor]:
 def normalized_pixels(images: Tensor) -> Tensor:
     """uint8 (..., H, W, 3) to float32 (..., 3, H, W) in -1..1; computed as the exported image processor does."""
     return (images.movedim(-1, -3).to(torch.float32) * (1 / 255) - 0.5) / 0.5
+
+
+def packed_inputs(
+    pixels: np.ndarray, kind: Kind | None, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], SlotGroups | None]:
+    """What :class:`PackedForward` takes besides the ids.
+
+    Args:
+        pixels: of a batch (packing.py, several_packing.py), uint8.
+        kind: what a prompt shows; None for one picture.
+        dtype: of the model.
+
+    Returns:
+        The visual inputs of a prompt, and the slot groups of its questions; None for those of the version's lessons.
+    """
+    shown = normalized_pixels(torch.from_numpy(pixels)).to(dtype)
+    return (kind.inputs(shown), kind.course.slot_groups) if kind else ((shown,), None)
 
 
 class Layout(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the training curve is measured on: a fixed set of scenes that neither training nor any split ever shows."""
+"""What the training curve is measured on: fixed sets of prompts that neither training nor any split ever shows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .model import PackedForward, normalized_pixels
+from .model import PackedForward, packed_inputs
 from .packing import MONITOR_STREAM, Packed, pack
 from .questions import EXISTENCE_TASKS
 from .render import render
+from .several_kinds import Kind
+from .several_packing import pack_several
 from .versions import Lessons, Version
 from .world import Scene, random_state, sample_scene
 
@@ -31,20 +33,42 @@ def _reading_apart(packed: Packed) -> Packed:
     return replace(packed, slots=tuple(slots))
 
 
-class Monitor:
-    """Teacher-forced accuracy per task: exact match of the whole answer, share of right tokens for captions."""
+def _one_picture(version: Version, number: int) -> tuple[np.ndarray, Packed]:
+    """Pixels and questions of a scene; those of a batch have the same size."""
+    rng = random_state(version.world.stream + MONITOR_STREAM, number)
+    world = version.world.sized(version.world.size_at(number // _BATCH))
+    scene = sample_scene(rng, world, _PARTNER, (2, world.max_anchors))
+    pixels = render(rng, scene)[0]
+    packed = pack(rng, scene, _tasks(scene, version.lessons), version.lessons)
+    return pixels, packed if len(scene.plates) < 2 else _reading_apart(packed)
 
-    def __init__(self, forward: PackedForward, version: Version, dtype: torch.dtype, scenes: int) -> None:
-        self.forward, self.dtype = forward, dtype
-        self.images: list[np.ndarray] = []
-        self.packed: list[Packed] = []
-        for number in range(scenes):
-            rng = random_state(version.world.stream + MONITOR_STREAM, number)
-            world = version.world.sized(version.world.size_at(number // _BATCH))
-            scene = sample_scene(rng, world, _PARTNER, (2, world.max_anchors))
-            self.images.append(render(rng, scene)[0])
-            packed = pack(rng, scene, _tasks(scene, version.lessons), version.lessons)
-            self.packed.append(packed if len(scene.plates) < 2 else _reading_apart(packed))
+
+def _several_pictures(kind: Kind, number: int) -> tuple[np.ndarray, Packed]:
+    """Pixels and questions of a prompt with several pictures."""
+    rng, prompt = kind.sample(MONITOR_STREAM, 0, number, _PARTNER, (2, kind.world.max_anchors))
+    pixels = prompt.render(rng)[0]
+    return pixels, pack_several(rng, prompt, kind.course)
+
+
+class Monitor:
+    """Teacher-forced accuracy per task: exact match of the whole answer, share of right tokens for captions.
+
+    Args:
+        forward: of the model.
+        version: of the model.
+        dtype: of its weights.
+        scenes: how many prompts.
+        kind: what they show; None for one picture.
+    """
+
+    def __init__(
+        self, forward: PackedForward, version: Version, dtype: torch.dtype, scenes: int, kind: Kind | None = None
+    ) -> None:
+        self.forward, self.dtype, self.kind = forward, dtype, kind
+        samples = (
+            _several_pictures(kind, number) if kind else _one_picture(version, number) for number in range(scenes)
+        )
+        self.images, self.packed = map(list, zip(*samples, strict=True))
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
@@ -53,8 +77,9 @@ class Monitor:
         for start in range(0, len(self.images), _BATCH):
             samples = self.packed[start : start + _BATCH]
             ids = np.stack([sample.ids for sample in samples])
-            pixels = normalized_pixels(torch.from_numpy(np.stack(self.images[start : start + _BATCH])))
-            logits, _ = self.forward(pixels.to(self.dtype), torch.from_numpy(ids))
+            pixels = np.stack(self.images[start : start + _BATCH])
+            inputs, groups = packed_inputs(pixels, self.kind, self.dtype)
+            logits, _ = self.forward(inputs, torch.from_numpy(ids), slot_groups=groups)
             guesses = logits.argmax(-1).numpy()
             for guess, sample in zip(guesses, samples, strict=True):
                 for task, first, end in sample.slots:

@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINT, CURVE = "checkpoint.pt", "curve.jsonl"
-WEIGHTS_BEFORE_HABIT, WEIGHTS = "joint.safetensors", "model.safetensors"
-"""Of a finished run; never those of a seed that was given up or of an earlier run."""
+STAGE_WEIGHTS = {"joint": "joint.safetensors", "several": "several.safetensors", "habit": "model.safetensors"}
+"""Weights behind each stage but the first, by its name; never those of a seed that was given up. Each file holds the
+settings that it was trained with."""
+WEIGHTS = STAGE_WEIGHTS["habit"]
+"""Those of a finished run."""
 _ABANDONED = re.compile(r"curve-seed(\d+)\.jsonl")
 
 
@@ -83,13 +86,13 @@ def next_seed(run: Path, first: int) -> int:
 
 def abandon(run: Path, seed: int) -> None:
     """Drop the checkpoint and weights of a seed and keep its curve as ``curve-seed<seed>.jsonl``."""
-    for name in (CHECKPOINT, WEIGHTS_BEFORE_HABIT, WEIGHTS):
+    for name in (CHECKPOINT, *STAGE_WEIGHTS.values()):
         (run / name).unlink(missing_ok=True)
     os.replace(run / CURVE, run / f"curve-seed{seed}.jsonl")
 
 
 def forget(run: Path) -> None:
     """Remove what earlier runs left in a folder: checkpoint, curve, weights, and the curves of seeds given up."""
-    names = (CHECKPOINT, CURVE, WEIGHTS_BEFORE_HABIT, WEIGHTS)
+    names = (CHECKPOINT, CURVE, *STAGE_WEIGHTS.values())
     for file in (*(run / name for name in names), *abandoned(run).values()):
         file.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ RECIPES = {
         pretraining_steps=700,
         pretraining_batch=32,
         steps=1200,
+        several_steps=300,
         habit_steps=20,
         curriculum=30,
         precision="bfloat16",

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmattn.errors import DataError
 
 from .card import ABANDONED
-from .plateaus import CURVE, WEIGHTS, WEIGHTS_BEFORE_HABIT, abandoned, read_curve
+from .plateaus import CURVE, STAGE_WEIGHTS, abandoned, read_curve
+from .resume import agree
+from .stages import Settings
 from .train import CHOICE, SETTINGS
 
 
@@ -30,13 +31,14 @@ def weights(run: Path, habit_share: float) -> dict[str, Tensor]:
     """
     if not 0 <= habit_share <= 1:
         raise DataError(f"habit_share={habit_share} is outside 0..1")
-    for name in (WEIGHTS_BEFORE_HABIT, WEIGHTS):
-        if not (run / name).exists():
-            raise DataError(f"{run} has no {name}: the run is not finished; start it again with the same --out")
-        with safe_open(run / name, framework="pt") as file:
-            if json.loads(file.metadata()["settings"]) != settings(run):
-                raise DataError(f"{run / name} was written with other settings than {SETTINGS} has: train it anew")
-    before, after = load_file(run / WEIGHTS_BEFORE_HABIT), load_file(run / WEIGHTS)
+    wanted = Settings(**settings(run))
+    files = {stage: run / STAGE_WEIGHTS[stage] for stage in wanted.stages[-2:]}
+    for stage, file in files.items():
+        if not file.exists():
+            raise DataError(f"{run} has no {file.name}: the run is not finished; start it again with the same --out")
+        if not agree(file, wanted, stage):
+            raise DataError(f"{file} was written with other settings than {SETTINGS} has: train it anew")
+    before, after = map(load_file, files.values())
     return {name: torch.lerp(weight, after[name], habit_share) for name, weight in before.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +70,10 @@ class Kind:
         if self.video:
             return (Visual(height, width, self.pictures),)
         return (Visual(height, width),) * self.pictures
+
+    def inputs(self, pixels: Any) -> tuple[Any, ...]:
+        """Pixels (prompts, pictures, ...) as those of each visual input, in order; see `visuals`."""
+        return (pixels,) if self.video else tuple(pixels[:, place] for place in range(self.pictures))
 
     def sample(
         self,

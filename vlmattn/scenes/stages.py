@@ -1,11 +1,12 @@
-"""The training stages: dense vision pre-training, next-token training on answers, and a short one that makes a habit.
+"""The training stages: dense vision pre-training, next-token training on answers about one picture, then about several
+in the versions that have it, and a short one that makes a habit.
 
 A stage knows its parameters, its loss at a step and its schedule; the loop that drives it is in train.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +14,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dense import BACKGROUND_COLOR, IGNORE, PLACES, pretraining_batch, target_classes
-from .model import PackedForward, normalized_pixels
+from .model import PackedForward, normalized_pixels, packed_inputs
 from .monitor import Monitor
 from .optim import MuonAdamW, Rates, Trainable, warmup_stable_decay
 from .packing import Batch, training_batch
+from .several_kinds import KINDS, Kind
+from .several_packing import several_batch
 from .versions import VERSION_2, VERSIONS, Version
+
+STAGE_NAMES = PRETRAINING, JOINT, SEVERAL, HABIT = ("pretraining", "joint", "several", "habit")
+_FIRST_USED = {
+    "steps": JOINT,
+    "batch": JOINT,
+    "curriculum": JOINT,
+    "auxiliary": JOINT,
+    "several_steps": SEVERAL,
+    "habit_steps": HABIT,
+}
+"""The stage that a setting is used in first, where that is not the first one."""
+_SEVERAL_RATE = 0.7
+"""Largest factor on the learning rates of stage 1 in the stage of several pictures."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,8 @@ class Settings:
         pretraining_steps: steps of stage 0.
         pretraining_batch: pictures per step of stage 0, over all processes.
         steps: steps of stage 1.
-        batch: pictures per step of stage 1, over all processes; below 32 seeds get stuck on plateaus.
+        batch: prompts per step of stage 1 and behind, over all processes; below 32 seeds get stuck on plateaus.
+        several_steps: steps of the stage of several pictures, between stages 1 and 2; 0 for no such stage.
         habit_steps: steps of stage 2.
         curriculum: steps with at most one anchor, again that many with at most two, and so on.
         auxiliary: weight of the auxiliary place loss until 55 % of the run; linear to zero until 85 %.
@@ -46,6 +63,7 @@ class Settings:
     pretraining_batch: int = 64
     steps: int = 1300
     batch: int = 32
+    several_steps: int = 0
     habit_steps: int = 80
     curriculum: int = 80
     auxiliary: float = 0.3
@@ -64,6 +82,17 @@ class Settings:
     def dtype(self) -> torch.dtype:
         """``precision`` as a torch dtype."""
         return torch.float32 if self.precision == "float32" else torch.bfloat16
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages in order."""
+        return tuple(name for name in STAGE_NAMES if name != SEVERAL or self.several_steps)
+
+    def agrees(self, other: Settings, stage: str) -> bool:
+        """Whether runs of both are the same until the end of a stage: what differs is first used behind it."""
+        differing = (x.name for x in fields(self) if getattr(self, x.name) != getattr(other, x.name))
+        first = (_FIRST_USED.get(name, PRETRAINING) for name in differing)
+        return all(STAGE_NAMES.index(name) > STAGE_NAMES.index(stage) for name in first)
 
 
 class Stage(Protocol):
@@ -86,7 +115,7 @@ class Stage(Protocol):
 class Pretraining:
     """Stage 0: throw-away linear heads on every visual token name its colour, shape, size, digits, row and column."""
 
-    name = "pretraining"
+    name = PRETRAINING
 
     def __init__(self, settings: Settings, model: nn.Module, forward: PackedForward) -> None:
         self.settings, self.forward, self.steps = settings, forward, settings.pretraining_steps
@@ -146,7 +175,7 @@ class JointTraining:
     earlier.
     """
 
-    name = "joint"
+    name = JOINT
 
     def __init__(self, settings: Settings, model: nn.Module, forward: PackedForward, monitor_scenes: int) -> None:
         self.settings, self.forward, self.steps = settings, forward, settings.steps
@@ -167,6 +196,7 @@ class JointTraining:
         trainables += [Trainable(f"head.{name}", parameter, False) for name, parameter in self.head.named_parameters()]
         self.optimizer = MuonAdamW(trainables, Rates())
         self.monitor = Monitor(forward, subject, settings.dtype, monitor_scenes)
+        self.several: dict[str, Monitor] = {}
 
     def factor(self, step: int) -> float:
         """Warm-up of 100 steps, linear to zero over the last half."""
@@ -181,14 +211,20 @@ class JointTraining:
         share = self.settings.batch // processes
         sample = self.sample(step, step * self.settings.batch + rank * share, share)
         ids, weights, cells = (torch.from_numpy(x) for x in (sample.ids, sample.weights, sample.cells))
-        pixels = normalized_pixels(torch.from_numpy(sample.pixels)).to(self.settings.dtype)
-        logits, hidden = self.forward(pixels, ids, tap=self.tap)
-        assert hidden is not None
+        pixels, groups = packed_inputs(sample.pixels, self.kind(step), self.settings.dtype)
+        logits, hidden = self.forward(pixels, ids, tap=self.tap, slot_groups=groups)
         weights = weights[:, 1:].flatten()
         each = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        mentioned = cells != IGNORE
-        place = F.cross_entropy(self.head(hidden[mentioned]).float(), cells[mentioned])
-        return (each * weights).sum() / weights.sum() + self.auxiliary_weight(step) * place
+        answers = (each * weights).sum() / weights.sum()
+        weight, mentioned = self.auxiliary_weight(step), cells != IGNORE
+        if not weight:
+            return answers
+        assert hidden is not None
+        return answers + weight * F.cross_entropy(self.head(hidden[mentioned]).float(), cells[mentioned])
+
+    def kind(self, step: int) -> Kind | None:
+        """What the prompts of a step show; None for one picture."""
+        return None
 
     def sample(self, step: int, first: int, count: int) -> Batch:
         """Samples number ``first`` on of this stage; the first steps have fewer anchors."""
@@ -197,8 +233,48 @@ class JointTraining:
         return training_batch(subject, self.settings.seed, first, count, anchors, size=subject.world.size_at(step))
 
     def measures(self) -> dict[str, Any]:
-        """Teacher-forced accuracy per task on the monitor scenes."""
-        return self.monitor()
+        """Teacher-forced accuracy per task on the monitor scenes, and by kind on prompts with several pictures."""
+        return self.monitor() | {kind: monitor() for kind, monitor in self.several.items()}
+
+
+def _several_monitors(settings: Settings, forward: PackedForward, prompts: int) -> dict[str, Monitor]:
+    """By kind; none where there is no stage of several pictures."""
+    kinds = KINDS.items() if settings.several_steps else ()
+    return {name: Monitor(forward, settings.subject, settings.dtype, prompts, kind) for name, kind in kinds}
+
+
+class SeveralTraining(JointTraining):
+    """Between stages 1 and 2: two images or a video in the prompts of every other step, a kind in turn.
+
+    The other steps are those of stage 1, so that nothing about single pictures is forgotten.
+    """
+
+    name = SEVERAL
+
+    def __init__(self, settings: Settings, model: nn.Module, forward: PackedForward, monitor_scenes: int) -> None:
+        super().__init__(settings, model, forward, monitor_scenes)
+        self.steps = settings.several_steps
+        self.several = _several_monitors(settings, forward, monitor_scenes)
+
+    def factor(self, step: int) -> float:
+        """At most 0.7, warm-up of 20 steps, then linear to zero."""
+        return _SEVERAL_RATE * warmup_stable_decay(step, self.steps, 20, 1.0)
+
+    def auxiliary_weight(self, step: int) -> float:
+        """No place loss any more."""
+        return 0.0
+
+    def kind(self, step: int) -> Kind | None:
+        """One picture in even steps, the kinds in turn in odd ones."""
+        return tuple(KINDS.values())[step // 2 % len(KINDS)] if step % 2 else None
+
+    def sample(self, step: int, first: int, count: int) -> Batch:
+        """Samples of a kind, or those behind stage 1."""
+        if kind := self.kind(step):
+            return several_batch(kind, self.settings.seed, first, count)
+        subject, behind = self.settings.subject, self.settings.steps * self.settings.batch
+        size = subject.world.size_at(step // 2)
+        return training_batch(subject, self.settings.seed, behind + first, count, size=size)
 
 
 class HabitTraining(JointTraining):
@@ -208,11 +284,12 @@ class HabitTraining(JointTraining):
     stage trusting the pair statistics pays, so that the model leaves it with a prior that a method can be measured on.
     """
 
-    name = "habit"
+    name = HABIT
 
     def __init__(self, settings: Settings, model: nn.Module, forward: PackedForward, monitor_scenes: int) -> None:
         super().__init__(settings, model, forward, monitor_scenes)
         self.steps = settings.habit_steps
+        self.several = _several_monitors(settings, forward, monitor_scenes)
 
     def factor(self, step: int) -> float:
         """At most 0.35, warm-up of 10 steps, then linear to zero."""
@@ -223,7 +300,8 @@ class HabitTraining(JointTraining):
         return 0.0
 
     def sample(self, step: int, first: int, count: int) -> Batch:
-        """Samples behind those of stage 1, with hidden partners."""
-        subject, behind = self.settings.subject, self.settings.steps * self.settings.batch
+        """Samples behind those of the stages before, with hidden partners."""
+        subject = self.settings.subject
+        behind = (self.settings.steps + self.settings.several_steps) * self.settings.batch
         size = subject.world.size_at(step)
         return training_batch(subject, self.settings.seed, behind + first, count, habit=True, size=size)

@@ -1,12 +1,14 @@
 """Train the embedded model: ``python -m vlmattn.scenes.train --out DIR``.
 
-Three stages (stages.py), step based and seeded, by the version's recipe (recipes.py) unless a flag says otherwise. A
-checkpoint is written every ``--checkpoint-every`` steps; a killed run started again continues from the last one and
-ends with the same weights as an undisturbed run, because every batch is a function of the seed and the step. A run that
-sits on a plateau (plateaus.py) is given up and started again with the next seed. ``DIR`` receives ``settings.json``,
-``curve.jsonl`` (one JSON object per line), ``curve-seed<N>.jsonl`` of each seed that was given up, ``checkpoint.pt``
-and at the end ``joint.safetensors`` and ``model.safetensors`` (fp32 master weights before and after the last stage),
-which ``python -m vlmattn.scenes.export`` turns into a packaged model.
+Three or four stages (stages.py), step based and seeded, by the version's recipe (recipes.py) unless a flag says
+otherwise. A checkpoint is written every ``--checkpoint-every`` steps; a killed run started again continues from the
+last one and ends with the same weights as an undisturbed run, because every batch is a function of the seed and the
+step. A run that sits on a plateau (plateaus.py) is given up and started again with the next seed. ``DIR`` receives
+``settings.json``, ``curve.jsonl`` (one JSON object per line), ``curve-seed<N>.jsonl`` of each seed that was given up,
+``checkpoint.pt`` and ``joint.safetensors``, ``several.safetensors`` where there is that stage, and
+``model.safetensors`` (fp32 master weights behind each stage but the first): ``python -m vlmattn.scenes.export`` makes
+a packaged model of them. Stages that have not begun may be given other settings; ``--resume back`` trains anew what
+other settings change, and keeps the stages before.
 """
 
 from __future__ import annotations
@@ -19,28 +21,26 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vlmattn.errors import TrainingError, VlmattnError
 
 from . import plateaus
 from .model import PackedForward, build_model, load_decoder
-from .plateaus import CHECKPOINT, CURVE, WEIGHTS, WEIGHTS_BEFORE_HABIT, Check
+from .plateaus import CHECKPOINT, CURVE, STAGE_WEIGHTS, WEIGHTS, Check
 from .recipes import CHECKS, RECIPES
-from .stages import HabitTraining, JointTraining, Pretraining, Settings, Stage
+from .resume import RESUME, agree, save, start
+from .stages import HABIT, JOINT, HabitTraining, JointTraining, Pretraining, Settings, SeveralTraining, Stage
 from .versions import VERSIONS
 
 SETTINGS = "settings.json"
 CHOICE = "choice.json"
 """What choose.py writes about a finished run."""
-STAGE_NAMES = (Pretraining.name, JointTraining.name, HabitTraining.name)
 HEAD_PREFIXES = ("head.", "heads.")
 _PROGRESS_EVERY = 10
 _SMOOTHING = 0.95
@@ -55,8 +55,9 @@ class Running:
         processes: data-parallel processes of one thread each.
         checkpoint_every: steps between checkpoints and between measurements of the curve.
         monitor_scenes: scenes the curve is measured on.
-        resume: continue from a checkpoint in ``out``: ``automatic`` if there is one, ``required``, or ``never``, which
-            forgets the seeds that were given up there, too.
+        resume: continue from a checkpoint in ``out``: ``automatic`` if there is one, ``required``, ``back``, which
+            trains anew the stages that other settings change, from the weights behind those before, or ``never``,
+            which forgets the seeds that were given up there, too.
         checks: what the curve must show at certain steps of stage 1; else the next seed is taken.
         restarts: how many further seeds may be taken.
         stop_after: end each seed's run early after that many steps of this call, as a kill would; for tests.
@@ -78,47 +79,28 @@ class Recorder:
     def __init__(self, settings: Settings, running: Running, rank: int) -> None:
         self.settings, self.running, self.rank = settings, running, rank
         self.started = time.monotonic()
-        self.state: dict[str, Any] = {
-            "settings": asdict(settings),
-            "stage": "",
-            "step": 0,
-            "seconds": 0.0,
-            "loss": None,
-        }
-        path = running.out / CHECKPOINT
-        if running.resume == "never" or not path.exists():
-            if running.resume == "required":
-                raise FileNotFoundError(f"--resume required, but {path} does not exist")
-        else:
-            self.state = torch.load(path, weights_only=True)
-            if Settings(**self.state["settings"]) != settings:
-                raise ValueError(f"{path} was written with other settings; use --resume never or another --out")
-        if rank == 0:
-            self._open()
+        self.start = start(running.out, running.resume, settings)
+        self.state = self.start.state
 
-    def _open(self) -> None:
-        """Write the settings and drop curve lines that are newer than the checkpoint."""
-        self.running.out.mkdir(parents=True, exist_ok=True)
-        (self.running.out / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
-        curve = self.running.out / CURVE
-        lines = curve.read_text().splitlines() if curve.exists() else []
-        reached = (self.state["stage"], self.state["step"])
-        kept = []
-        for line in lines if self.state["stage"] else []:
-            kept.append(line)
-            entry = json.loads(line)
-            if (entry["stage"], entry["step"]) == reached:
-                break
-        curve.write_text("".join(f"{line}\n" for line in kept))
+    def open(self) -> None:
+        """Write the settings, and drop curve lines that are newer than the start and a choice that is outdated."""
+        out = self.running.out
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+        kept = [entry for entry in plateaus.read_curve(out / CURVE) if self.start.keeps(entry)]
+        (out / CURVE).write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+        if self.start.weights:
+            self.say(f"goes back to the end of stage {self.state['stage']}")
+            (out / CHOICE).unlink(missing_ok=True)
 
     def due(self, stage: Stage, step: int) -> bool:
         """Whether the curve is measured and a checkpoint is written after this many steps."""
-        checked = stage.name == JointTraining.name and step in (check.step for check in self.running.checks)
+        checked = stage.name == JOINT and step in (check.step for check in self.running.checks)
         return checked or step % self.running.checkpoint_every == 0 or step == stage.steps
 
     def plateau(self) -> str:
         """The first check that the recorded curve fails, in words, or nothing; the same in every process."""
-        return plateaus.plateau(plateaus.read_curve(self.running.out / CURVE), self.running.checks, JointTraining.name)
+        return plateaus.plateau(plateaus.read_curve(self.running.out / CURVE), self.running.checks, JOINT)
 
     def seconds(self) -> float:
         """Time spent so far, over all calls."""
@@ -144,8 +126,13 @@ class Recorder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.running.out / CHECKPOINT)
-        if dist.is_initialized():
-            dist.barrier()
+        _wait()
+
+
+def _wait() -> None:
+    """Until all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _drive(stage: Stage, recorder: Recorder, budget: int | None) -> int | None:
@@ -181,31 +168,31 @@ def _train(rank: int, settings: Settings, running: Running, port: int) -> None:
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=running.processes)
     recorder = Recorder(settings, running, rank)
-    if dist.is_initialized():
-        dist.barrier()
+    _wait()
+    if rank == 0:
+        recorder.open()
+    _wait()
     model = build_model(settings.subject, settings.seed)
     if settings.decoder_from:
         load_decoder(model, settings.decoder_from)
     model.to(settings.dtype)
     forward = PackedForward(model, settings.subject, settings.compile)
-    stages: list[Callable[[], Stage]] = [
-        lambda: Pretraining(settings, model, forward),
-        lambda: JointTraining(settings, model, forward, running.monitor_scenes),
-        lambda: HabitTraining(settings, model, forward, running.monitor_scenes),
-    ]
-    budget, weights = running.stop_after, dict[str, torch.Tensor]()
-    for make in stages[STAGE_NAMES.index(recorder.state["stage"] or STAGE_NAMES[0]) :]:
+    make: dict[str, Callable[[], Stage]] = {Pretraining.name: lambda: Pretraining(settings, model, forward)}
+    for kind in (JointTraining, SeveralTraining, HabitTraining):
+        make[kind.name] = partial(kind, settings, model, forward, running.monitor_scenes)
+    budget, weights, stages = running.stop_after, recorder.start.weights, settings.stages
+    begun = stages.index(recorder.state["stage"] or stages[0])
+    for name in stages[begun + bool(weights) :]:
         model.load_state_dict(weights, strict=False)
-        stage = make()
-        for name, weight in stage.optimizer.weights().items():
-            weight.copy_(weights.get(name, weight))
+        stage = make[name]()
+        for parameter, weight in stage.optimizer.weights().items():
+            weight.copy_(weights.get(parameter, weight))
         budget = _drive(stage, recorder, budget)
         weights = {n: w.contiguous() for n, w in stage.optimizer.weights().items() if not n.startswith(HEAD_PREFIXES)}
         if budget == 0 or recorder.plateau():
             break
-        if rank == 0 and stage.name != Pretraining.name:
-            file = running.out / (WEIGHTS if stage.name == HabitTraining.name else WEIGHTS_BEFORE_HABIT)
-            save_file(weights, file, metadata={"settings": json.dumps(asdict(settings))})
+        if rank == 0 and stage.name in STAGE_WEIGHTS:
+            save(running.out / STAGE_WEIGHTS[stage.name], weights, settings)
     else:
         if rank == 0:
             recorder.say(f"wrote {running.out / WEIGHTS} after {recorder.seconds():.0f} s")
@@ -217,8 +204,8 @@ def train(settings: Settings, running: Running) -> None:
     """Train, or continue training; a seed whose curve fails a check is followed by the next one.
 
     Raises:
-        ValueError: the batches cannot be split evenly over the processes, ``restarts`` is negative, or the checkpoint
-            has other settings.
+        ValueError: the batches cannot be split evenly over the processes, ``restarts`` is negative, what there is to
+            resume has other settings, or there is a stage of several pictures for a version without videos.
         FileNotFoundError: ``resume`` is ``required`` and there is no checkpoint.
         FloatingPointError: the loss is not finite.
         TrainingError: as many seeds as allowed sit on a plateau.
@@ -226,6 +213,10 @@ def train(settings: Settings, running: Running) -> None:
     for name, batch in (("pretraining_batch", settings.pretraining_batch), ("batch", settings.batch)):
         if batch % running.processes:
             raise ValueError(f"{name}={batch} cannot be split over processes={running.processes}")
+    if settings.several_steps and not settings.subject.videos:
+        raise ValueError(
+            f"several_steps={settings.several_steps}: version {settings.version} takes no videos; expected 0"
+        )
     if running.restarts < 0:
         raise ValueError(f"restarts={running.restarts}; expected 0 or more, and no checks to finish any run")
     if running.resume == "never":
@@ -240,7 +231,7 @@ def train(settings: Settings, running: Running) -> None:
             return
         _launch(replace(settings, seed=seed), running)
         curve = plateaus.read_curve(running.out / CURVE)
-        reason = plateaus.plateau(curve, running.checks, JointTraining.name)
+        reason = plateaus.plateau(curve, running.checks, JOINT)
         if not reason:
             return
         print(f"seed {seed} sits on a plateau and is given up ({reason})", flush=True)
@@ -260,10 +251,7 @@ def _next_seed(first: int, running: Running) -> int:
 
 def finished(run: Path, settings: Settings) -> bool:
     """Whether a folder holds the weights of a finished run of just these settings."""
-    if not (run / WEIGHTS).exists():
-        return False
-    with safe_open(run / WEIGHTS, framework="pt") as file:
-        return json.loads(file.metadata()["settings"]) == asdict(settings)
+    return agree(run / WEIGHTS, settings, HABIT)
 
 
 def _launch(settings: Settings, running: Running) -> None:
@@ -284,6 +272,7 @@ def smoke_settings(settings: Settings) -> Settings:
         pretraining_steps=60,
         pretraining_batch=16,
         steps=40,
+        several_steps=min(settings.several_steps, 12),
         habit_steps=5,
         batch=8,
         curriculum=1000,
@@ -302,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--version", choices=tuple(VERSIONS), default=Settings().version, help="default %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the layers")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (default 100)")
-    parser.add_argument("--resume", choices=("automatic", "required", "never"), default="automatic")
+    parser.add_argument("--resume", choices=RESUME, default="automatic")
     parser.add_argument("--restarts", type=int, default=2, help="further seeds, if a run sits on a plateau (default 2)")
     parser.add_argument("--no-checks", action="store_true", help="finish a run that sits on a plateau")
     parser.add_argument("--smoke", action="store_true", help="a one-minute run that shows both losses falling")
@@ -311,6 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     own.add_argument("--pretraining-steps", type=int, help="steps of stage 0")
     own.add_argument("--steps", type=int, help="steps of stage 1")
     own.add_argument("--curriculum", type=int, help="steps per number of anchors")
+    own.add_argument("--several-steps", type=int, help="steps with several pictures, between stages 1 and 2")
     own.add_argument("--habit-steps", type=int, help="steps of stage 2")
     own.add_argument(
         "--precision",
@@ -319,7 +309,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     own.add_argument("--decoder-from", help="packaged model or run whose decoder this one starts from")
     options = parser.parse_args(arguments)
-    names = ("seed", "pretraining_steps", "steps", "curriculum", "habit_steps", "precision", "decoder_from")
+    steps = ("pretraining_steps", "steps", "several_steps", "habit_steps")
+    names = ("seed", *steps, "curriculum", "precision", "decoder_from")
     asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     settings = replace(RECIPES[options.version], **asked, compile=not options.no_compile)
     checks = () if options.no_checks else CHECKS.get(options.version, ())

@@ -98,6 +98,11 @@ class Version:
     lessons: Lessons
     family: str = LLAVA
 
+    @property
+    def videos(self) -> bool:
+        """Whether a prompt can hold videos."""
+        return self.family == QWEN
+
     def grid(self, visual: Visual) -> tuple[int, int, int]:
         """Visual tokens of an input along time, rows and columns; two frames of a video share their tokens.
 
