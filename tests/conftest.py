@@ -20,7 +20,11 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where torch sees no CUDA device; torch is only imported if there are such tests."""
+    """Skip `gpu` tests where torch sees no CUDA device; torch is only imported if there are such tests. Of the families
+    outside `tiny.CORE` the default suite runs the contract with a few methods, the rest is slow."""
+    for item in items:
+        if not _in_default_suite(getattr(item, "callspec", None)):
+            item.add_marker(pytest.mark.slow)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -29,6 +33,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+FEW = (
+    "random(keep=0.5, before_layer=2)",
+    "fastv(keep=0.5, before_layer=1)",
+    "pool(keep=0.5)",
+    "noimage",
+    "none",
+)
+"""The specs that the default suite tries on every family, `sdpa` and padded."""
+
+
+def _in_default_suite(case: Any) -> bool:
+    tiny, params = sys.modules.get("tiny"), {} if case is None else case.params
+    family = params.get("family", params.get("name"))
+    if tiny is None or family not in tiny.MODELS or family in tiny.CORE:
+        return True
+    usual = {"attention": "sdpa", "shape": "padded"}
+    return params.get("text", params.get("spec")) in FEW and all(params.get(k, v) == v for k, v in usual.items())
 
 
 @pytest.fixture(autouse=True)

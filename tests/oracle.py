@@ -18,11 +18,13 @@ class Prompt:
 
     Attributes:
         embeds: `(n, C)`; positions: `(axes, n)`, one axis for plain rotary positions, three for M-RoPE.
+        added: `(n, C)` behind each of the first layers, where the model adds features there.
     """
 
     embeds: Tensor
     positions: Tensor
     visual: Tensor
+    added: Sequence[Tensor] = ()
 
 
 def read_prompts(model: Any, batch: dict[str, Tensor], image_token: int) -> list[Prompt]:
@@ -43,8 +45,20 @@ def read_prompts(model: Any, batch: dict[str, Tensor], image_token: int) -> list
     for row in range(rows):
         real = batch["attention_mask"][row].bool()
         place = positions[:, row if positions.shape[1] > 1 else 0, real]
-        prompts.append(Prompt(seen["inputs_embeds"][row][real], place, batch["input_ids"][row][real] == image_token))
+        visual = batch["input_ids"][row][real] == image_token
+        prompts.append(Prompt(seen["inputs_embeds"][row][real], place, visual, _added(seen, row, real)))
     return prompts
+
+
+def _added(seen: dict[str, Any], row: int, real: Tensor) -> list[Tensor]:
+    """What the text model adds to one row behind its first layers."""
+    found = []
+    for features in seen.get("deepstack_visual_embeds") or ():
+        places = seen["visual_pos_masks"]
+        whole = torch.zeros_like(seen["inputs_embeds"])
+        whole[places] = features
+        found.append(whole[row][real])
+    return found
 
 
 def _rotate(x: Tensor) -> Tensor:
@@ -70,6 +84,8 @@ def layer_forward(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple
         project(x).view(n, -1, attention.head_dim).transpose(0, 1)
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = q * cos + _rotate(q) * sin, k * cos + _rotate(k) * sin
     groups = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
@@ -120,6 +136,10 @@ def generate(
                 if compact:
                     cos, sin = _tables(text, hidden, torch.arange(len(stays))[None])
             hidden, probabilities = layer_forward(layer, hidden, cos, sin)
+            if index < len(prompt.added):
+                hidden = hidden.clone()
+                for slot, column in enumerate(present):
+                    hidden[slot] += prompt.added[index][column] if column < length else 0.0
         logits = model.lm_head(text.norm(hidden[-1]))
         token = follow[step] if step < len(follow) else int(logits.argmax())
         run.logits.append(logits)

@@ -396,7 +396,7 @@ def test_without_an_image_only_text_is_left(family, attention, shape):
     assert report.visual_per_layer == [[0] * tiny.LAYERS] * len(text) and report.average_visual_tokens == 0
     assert [stage.kept for stage in report.stages] == [[[[]]] * len(text)]
     config = model.config.get_text_config()
-    head = config.hidden_size // config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     assert report.kv_bytes == sum(map(len, text)) * tiny.LAYERS * 2 * config.num_key_value_heads * head * 4
     assert report.to_dict()["speedup"] > 1 and "0 in layers 0-3" in str(report)
 

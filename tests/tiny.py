@@ -108,7 +108,59 @@ def qwen2_5_vl(seed: int = 0, layers: int = LAYERS, attention: str = "sdpa") -> 
     return _finish(Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention))
 
 
-MODELS = {"llava": llava, "qwen2_5_vl": qwen2_5_vl}
+def _qwen(
+    model_class: Any, layers: int, attention: str, seed: int, vision: dict[str, Any], text: dict[str, Any]
+) -> Any:
+    """The other Qwens: the same sizes, what differs in `vision` and `text`."""
+    torch.manual_seed(seed)
+    config = model_class.config_class(
+        vision_config={"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, **vision},
+        text_config={
+            "vocab_size": 100,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **text,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    return _finish(model_class._from_config(config, attn_implementation=attention))
+
+
+def qwen2_vl(seed: int = 0, layers: int = LAYERS, attention: str = "sdpa") -> Any:
+    """Qwen2-VL: the tower's `hidden_size` is the decoder's."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    vision = {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    return _qwen(Qwen2VLForConditionalGeneration, layers, attention, seed, vision, {})
+
+
+def qwen3_vl(seed: int = 0, layers: int = LAYERS, attention: str = "sdpa") -> Any:
+    """Qwen3-VL: features of two tower layers are added again, and heads are wider than `hidden_size / heads`."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
+    vision |= {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]}
+    text = {
+        "head_dim": 24,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 3, 3]},
+    }
+    return _qwen(Qwen3VLForConditionalGeneration, layers, attention, seed, vision, text)
+
+
+CORE = {"llava": llava, "qwen2_5_vl": qwen2_5_vl}
+MODELS = {**CORE, "qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}
+"""Tests that ask for every family run in the default suite with those of `CORE`, see conftest.py."""
 
 
 def pad_left(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,13 @@ class Keep:
         mask: `(B, V)` bool over the visual tokens a `View` shows; True stays. Entries of padding slots are ignored.
         rows: `(B, V, C)` new values of their rows of the layer input, or None: unchanged. Those of dropped tokens are
             ignored, so a merged token sits on the slot, and at the position, of one that stays.
+        merge: `(B, V, C)` features to what merging makes of them, for those that a model adds to its visual rows again
+            behind later layers (DeepStack); None: a token that stays takes its own.
     """
 
     mask: Tensor
     rows: Tensor | None = None
+    merge: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def top(cls, score: Tensor, group: Tensor, counts: Tensor) -> Keep:

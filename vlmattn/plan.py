@@ -101,6 +101,7 @@ class Plan:
         query_rows: `(B, N)` bool, the query rows that the method with that text chose at the entry.
         paired: the questions beside the vision tower, if a method compares them with patches.
         vision: what methods look at in the vision tower, `(B, V, ...)` over the visual tokens of the prompt in order.
+        added: per layer the features `(B, N, C)` that the model adds to what enters it, zeros at text.
     """
 
     real: Tensor
@@ -118,6 +119,7 @@ class Plan:
     query_rows: dict[str, Tensor] = field(default_factory=dict)
     paired: Any = None
     vision: dict[Any, Tensor] = field(default_factory=dict)
+    added: dict[int, Tensor] = field(default_factory=dict)
     tags: dict[int, Tags] = field(default_factory=dict)
     gains: dict[int, Tensor] = field(default_factory=dict)
     divergences: dict[int, Tensor] = field(default_factory=dict)
@@ -149,7 +151,7 @@ class Plan:
 
         They are text, so every stage holds them in its last slots. What only selections need is let go.
         """
-        for table in (self.scores, self.ranking, self.layer_keys, self.query_rows, self.vision):
+        for table in (self.scores, self.ranking, self.layer_keys, self.query_rows, self.vision, self.added):
             table.clear()
         self.paired = None
         if self.ahead:

@@ -34,7 +34,7 @@ from vlmattn.patches.program import Program, compile_program
 from vlmattn.patches.prompt import Seen, read_prompt
 from vlmattn.patches.text_tower import TextTower, read_questions
 from vlmattn.patches.tower import looking
-from vlmattn.patches.vision import VisionStore, shared, tapped
+from vlmattn.patches.vision import VisionStore, outermost, shared, tapped
 from vlmattn.plan import Plan
 
 IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
@@ -148,6 +148,7 @@ class Engine:
         """Install what depends on the methods: a fresh attention name, shared features, and the taps they need."""
         registration = Registration(self.text_model.config)
         self._setup.close()
+        plain = {name: getattr(self.multimodal, name) for name in self.family.feature_methods}
         with ExitStack() as stack:
             stack.callback(registration.remove)
             for index in self.program.heads:
@@ -169,6 +170,9 @@ class Engine:
                     put = functools.partial(self._put_looks, place)
                     behind = looking(getattr(self.multimodal, name), parts, self.program.looks, put)
                     self._replace(stack, self.multimodal, name, behind)
+            for name, original in plain.items():
+                if (behind := getattr(self.multimodal, name)) != original:
+                    self._replace(stack, self.multimodal, name, outermost(original, behind, self._local))
             self._setup = stack.pop_all()
 
     def _tell_inactive(self) -> None:

@@ -14,7 +14,7 @@ from vlmattn.errors import CallError
 from vlmattn.kernels.rows import Request
 from vlmattn.methods.base import Editor, LayerView
 from vlmattn.patches import cache as caches
-from vlmattn.patches import streams
+from vlmattn.patches import deepstack, streams
 from vlmattn.patches.attention import PRIVATE, Work
 from vlmattn.patches.decoder import Decoder
 from vlmattn.patches.program import Program
@@ -66,6 +66,7 @@ class Pass:
         changed = dict(kwargs)
         stage = self.plan.stage(index) if self.prefill else self.plan.holding(index)
         turn = self.program.pruners.get(index) if self.prefill and index else None
+        hidden = deepstack.add(self.plan, index, stage, hidden) if self.prefill else hidden
         if turn is not None:
             stage, hidden = self._prune(turn, index, stage, hidden, kwargs)
         if stage is not None:
@@ -73,7 +74,7 @@ class Pass:
         work = self._work(index, stage, hidden, changed)
         if work is not None:
             changed[PRIVATE] = work
-        elif stage is None and turn is None:
+        elif stage is None and turn is None and index not in self.plan.added:
             return None
         if args:
             return (hidden, *args[1:]), changed
@@ -246,6 +247,7 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
     if "text_stream" in program.needs:
         plan = streams.double(plan, arguments)
     live = Pass(plan, program, engine.decoder, prefill=True)
+    deepstack.take_over(engine.family, arguments, plan, engine.decoder.num_layers)
     if cache is not None:
         caches.adopt(cache, plan)
         arguments["past_key_values"] = cache

@@ -13,6 +13,7 @@ from vlmattn.edits import Keep
 from vlmattn.errors import CallError, SpecError
 from vlmattn.methods.base import Selector
 from vlmattn.methods.views import Attention, LayerView, Text, View
+from vlmattn.patches import deepstack
 from vlmattn.patches.decoder import Decoder
 from vlmattn.plan import Plan, Stage, compact, gather_rows
 
@@ -144,6 +145,8 @@ def choose(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder)
     stage = _placed(stage, before, slots, plan, renumber=pruner.positions == "compact")
     if keep.rows is not None:
         hidden = _rewritten(hidden, order, stays, keep.rows)
+        if keep.merge is not None:
+            deepstack.merge(plan, layer, columns.gather(1, order), stays, keep.merge)
     return Chosen(stage, slots, gather_rows(hidden, slots.to(hidden.device)))
 
 

@@ -71,6 +71,7 @@ class TowerParts:
             image.
         blocks: the layers, whose outputs `(images, N, C)` end in the rows of the visual tokens; none where tokens have
             no rows of their own.
+        images: the feature method's output and its arguments to the embedding rows `(n_i, C)` of each image.
     """
 
     tower: nn.Module
@@ -82,6 +83,7 @@ class TowerParts:
     cls: Callable[[Any], Tensor] | None
     gray: Callable[[Mapping[str, Any]], Sequence[Tensor]]
     blocks: Sequence[nn.Module]
+    images: Callable[[Any, Mapping[str, Any]], Sequence[Tensor]] = lambda output, arguments: output.pooler_output
 
     def layer(self, wanted: int | None) -> int:
         """The layer that a look at `wanted` goes to: it, or the next one behind it that sees whole images.
@@ -164,10 +166,11 @@ def looking(
             if parts.projector is not None:
                 stack.callback(parts.projector.register_forward_pre_hook(keep_features).remove)
             output = original(*args, **kwargs)
-        found = _collect(parts, layers, attention, seen, output)
+        given = own.bind(*args, **kwargs).arguments
+        found = _collect(parts, layers, attention, seen, output, parts.images(output, given))
         for look in looks:
             if look.what == "entropy":
-                found[look] = _entropies(parts.gray(own.bind(*args, **kwargs).arguments), look)
+                found[look] = _entropies(parts.gray(given), look)
         put(found)
         return output
 
@@ -180,10 +183,10 @@ def _collect(
     attention: Mapping[int, nn.Module],
     seen: Mapping[nn.Module, Mapping[str, Any]],
     output: Any,
+    projected: Sequence[Tensor],
 ) -> dict[Look, list[Tensor]]:
-    """Every look's tensors, one an image."""
+    """Every look's tensors, one an image, of which `projected` are the embedding rows."""
     found: dict[Look, list[Tensor]] = {}
-    projected: list[Tensor] = list(output.pooler_output)
     for layer, module in attention.items():
         mine = [look for look, at in layers.items() if at == layer and look.what in AT_A_LAYER]
         every = parts.cls is None or any(look.what in ("received", "weighted") for look in mine)
@@ -192,7 +195,7 @@ def _collect(
             found[look] = _at_layer(rows, look, parts.cls is not None)
     for look in layers:
         if look.what == "features":
-            found[look] = projected if parts.projector is None else list(seen[parts.projector]["features"])
+            found[look] = list(projected) if parts.projector is None else list(seen[parts.projector]["features"])
         elif look.what == "cls" and parts.cls is not None:
             found[look] = [row.expand(len(image), -1) for row, image in zip(parts.cls(output), projected, strict=True)]
         elif look.what == "states":

@@ -49,6 +49,29 @@ def tapped(
     return features
 
 
+def outermost(original: Callable[..., Any], behind: Callable[..., Any], local: threading.local) -> Callable[..., Any]:
+    """`behind`, but `original` inside another feature method: some models send videos through the method of images.
+
+    Args:
+        original: the method, bound.
+        behind: the same with more to it.
+        local: the same for all feature methods of a model.
+    """
+
+    @functools.wraps(original)
+    @torch.compiler.disable
+    def features(*args: Any, **kwargs: Any) -> Any:
+        if local.__dict__.get("encoding", False):
+            return original(*args, **kwargs)
+        local.encoding = True
+        try:
+            return behind(*args, **kwargs)
+        finally:
+            local.encoding = False
+
+    return features
+
+
 class VisionStore:
     """Vision features that sessions on one model share, so that a sweep runs the tower once per batch of images.
 

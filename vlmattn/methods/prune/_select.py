@@ -56,13 +56,19 @@ class Pools:
         index = _wide(self.slot.flatten(1), x)
         return x.gather(1, index).view(*self.present.shape, *x.shape[2:])
 
-    def keep(self, kept: Tensor, rows: Tensor | None = None) -> Keep:
-        """The decision for the view: tokens `(P, W)` bool that stay, and new rows `(P, W, C)` of the layer input."""
+    def keep(self, kept: Tensor, rows: Tensor | None = None, place: Tensor | None = None) -> Keep:
+        """The decision for the view: tokens `(P, W)` bool that stay, and new rows `(P, W, C)` of the layer input.
+
+        With `place` `(P, W)` these stand in its order, see `arranged`.
+        """
         mask = self._join(kept & self.present, torch.zeros_like(self.view.image, dtype=torch.bool))
         if rows is None:
             return Keep(mask)
         assert self.view.hidden is not None
-        return Keep(mask, self._join(rows, self.view.hidden))
+        if place is None:
+            return Keep(mask, self._join(rows, self.view.hidden))
+        values = self._join(arranged(rows, kept, place), self.view.hidden)
+        return Keep(mask, values, lambda x: self._join(arranged(self.split(x), kept, place), x))
 
     def _join(self, x: Tensor, like: Tensor) -> Tensor:
         """`(P, W, ...)` to `(B, V, ...)`, with the rows of `like` where no pool has a token."""

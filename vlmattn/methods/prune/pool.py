@@ -4,7 +4,8 @@ The grid of each frame is pooled to gh x gw cells with gh = round(sqrt(n * h / w
 of `size` tokens: `average` and `max` over cells that may overlap by a row (as torch's adaptive pooling), `bilinear`
 interpolation between token centres. A pooled token stands at the token in the middle of its cell, rows and columns
 rounded down. Averaging shrinks norms; `rescale` gives each token the pooled norm of those it is made of. Before layer 0
-features are pooled as they come out of the projector; the forms are our own choice.
+features are pooled as they come out of the projector; the forms are our own choice. Features that a model adds again
+behind later layers (DeepStack) are pooled alike.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from vlmattn.methods.base import Pruner, View, param, register
 from vlmattn.spans import squarest
 
 MODES = ("average", "max", "bilinear")
+
+Grid = tuple[int, int, int]
 
 
 def pooled(x: Tensor, height: int, width: int, mode: str) -> Tensor:
@@ -87,32 +90,43 @@ class Pool(Pruner):
     def select(self, view: View) -> Keep:
         """The tokens in the middle of the cells, with the cells' values."""
         assert view.hidden is not None
-        mask, rows = torch.zeros_like(view.image, dtype=torch.bool), view.hidden.clone()
+        mask = torch.zeros_like(view.image, dtype=torch.bool)
+        images: list[tuple[int, Tensor, Grid, Tensor]] = []
         for row, spans in enumerate(view.spans):
             for span in spans:
                 where = (view.image[row] == span.image).nonzero()[:, 0]
                 if len(where) == 0:
                     continue
-                frames, height, width = grid = self._whole(len(where), span.grid)
-                cells = self._cells(grid)
-                x = rows[row, where].view(*grid, -1)
-                small = pooled(x, *cells, self.mode)
-                if self.rescale:
-                    norm = pooled(x.float().norm(dim=-1, keepdim=True), *cells, self.mode)
-                    small = torch.nn.functional.normalize(small, dim=-1) * norm
-                places = torch.arange(frames * height * width, device=where.device).view(grid)
-                down, across = (torch.tensor(centres(n, m), device=where.device) for n, m in zip(grid[1:], cells))
-                chosen = where[places[:, down][:, :, across].flatten()]
+                grid = self._whole(len(where), span.grid)
+                sides = zip(grid[1:], self._cells(grid))
+                down, across = (torch.tensor(centres(n, m), device=where.device) for n, m in sides)
+                chosen = where.view(grid)[:, down][:, :, across].flatten()
                 mask[row, chosen] = True
-                rows[row, chosen] = small.flatten(0, 2).to(rows)
-        return Keep(mask, rows)
+                images.append((row, where, grid, chosen))
 
-    def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
+        def merge(features: Tensor) -> Tensor:
+            rows = features.clone()
+            for row, where, grid, chosen in images:
+                rows[row, chosen] = self._values(features[row, where].view(*grid, -1), grid).to(rows)
+            return rows
+
+        return Keep(mask, merge(view.hidden), merge)
+
+    def _values(self, x: Tensor, grid: Grid) -> Tensor:
+        """Rows `(t, h, w, C)` of a grid to those of its cells, `(cells, C)` fp32."""
+        cells = self._cells(grid)
+        small = pooled(x, *cells, self.mode)
+        if self.rescale:
+            norm = pooled(x.float().norm(dim=-1, keepdim=True), *cells, self.mode)
+            small = torch.nn.functional.normalize(small, dim=-1) * norm
+        return small.flatten(0, 2)
+
+    def left(self, visual: int, grid: Grid | None = None, stage: int = 0) -> int:
         """The cells of all frames."""
         whole = self._whole(visual, squarest(visual) if grid is None else grid)
         return whole[0] * math.prod(self._cells(whole))
 
-    def _whole(self, total: int, grid: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    def _whole(self, total: int, grid: Grid | None) -> Grid:
         if grid is None or math.prod(grid) != total:
             raise CallError(
                 f"{self}: needs the whole grid of an image, but {total} tokens of grid {grid} are left: put it before "
@@ -120,7 +134,7 @@ class Pool(Pruner):
             )
         return grid
 
-    def _cells(self, grid: tuple[int, int, int]) -> tuple[int, int]:
+    def _cells(self, grid: Grid) -> tuple[int, int]:
         """Rows and columns of cells in a frame."""
         frames, height, width = grid
         if self.size is not None:

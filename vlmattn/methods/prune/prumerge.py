@@ -34,7 +34,7 @@ from vlmattn import budget
 from vlmattn.edits import Keep
 from vlmattn.errors import VlmattnWarning
 from vlmattn.methods.base import POSITIONS, Look, Selector, View, param, register
-from vlmattn.methods.prune._select import Pools, absorbed, arranged, quantile, ranks, remainder, rewritten
+from vlmattn.methods.prune._select import Pools, absorbed, quantile, ranks, remainder, rewritten
 
 HEADS = {"one": "joined", "mean": "attention"}
 TYPICAL = 0.055
@@ -127,7 +127,7 @@ class PruMerge(Selector):
             values, changed, kept = torch.where(at[..., None], token, values), changed | at, kept | at
             order = order.masked_fill(at, 2 * pools.width)
         rows = rewritten(pools.split(view.hidden), values, changed, view.project)
-        return pools.keep(kept, rows if self.order == "raster" else arranged(rows, kept, order))
+        return pools.keep(kept, rows, None if self.order == "raster" else order)
 
     def _chosen(self, score: Tensor, place: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens that stay for their attention, those for their place, `(P, W)` bool each, and `(P,)` bool, the

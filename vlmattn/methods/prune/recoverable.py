@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vlmattn.edits import Keep
 from vlmattn.methods.base import POSITIONS, Look, Selector, View, param, register
-from vlmattn.methods.prune._select import Pools, absorbed, arranged, outliers, ranks, remainder, rewritten
+from vlmattn.methods.prune._select import Pools, absorbed, outliers, ranks, remainder, rewritten
 
 
 @register("recoverable", title="Recoverable Compression", paper="2409.01179")
@@ -121,7 +121,7 @@ class Recoverable(Selector):
         values = torch.where(at[..., None], token, values)
         kept = main | centre | at
         rows = rewritten(pools.split(view.hidden), values, changed | at, view.project)
-        return pools.keep(kept, rows if self.order == "raster" else arranged(rows, kept, centre.long() + 2 * at.long()))
+        return pools.keep(kept, rows, None if self.order == "raster" else centre.long() + 2 * at.long())
 
     def _similarity(self, view: View) -> Tensor:
         """`(B, V)` fp32, of the question with every patch."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vlmattn.edits import Keep
 from vlmattn.methods.base import Look, Pruner, View, param, register
-from vlmattn.methods.prune._select import Pools, arranged, cosine, ranks, rewritten
+from vlmattn.methods.prune._select import Pools, cosine, ranks, rewritten
 
 
 @register("visionzip", title="VisionZip: Longer is Better but Not Necessary", paper="2412.04467")
@@ -90,7 +90,7 @@ class VisionZip(Pruner):
             at = torch.zeros_like(kept).scatter(1, slot, counts[:, None] > 0)
             rows = rewritten(rows, pools.split(view.vision["cls"]), at, view.project)
             kept, place = kept | at, place.masked_fill(at, 0)
-        return pools.keep(kept, rows if self.order == "raster" else arranged(rows, kept, place))
+        return pools.keep(kept, rows, None if self.order == "raster" else place)
 
 
 def merge(features: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,7 +46,8 @@ class Family:
             one pixel tensor per image.
         has_cls: whether the vision tower has a CLS token.
         rope: `1d` or `mrope`.
-        deepstack: whether visual features are added again inside the decoder.
+        deepstack: the argument of the text model with features that it adds to its visual rows again, a tensor
+            `(visual tokens of the batch, C)` for each of its first layers; "": it adds none.
         grid_rule: how the visual tokens of an image lie, in words.
         tokens_per_image: from the config, the number of visual tokens where it is the same for all images, else None.
         grid: `(config, number of tokens, (3, tokens) M-RoPE positions or None)` of one image to its `(t, h, w)`, if
@@ -82,7 +83,7 @@ class Family:
     wrapper_ids: tuple[str, ...] = ()
     vision_tower: str = "model.vision_tower"
     projector: str = "model.multi_modal_projector"
-    deepstack: bool = False
+    deepstack: str = ""
     tower_parts: Callable[[Any, Any, Any], TowerParts] | None = None
 
     def part(self, model: nn.Module, name: str) -> nn.Module:
@@ -127,24 +128,26 @@ class Family:
         """JSON-able facts for the CLI and the docs."""
         shown = ("name", "model_type", "model_class", "paper", "has_cls", "rope", "grid_rule", "deepstack")
         facts = dataclasses.asdict(self, dict_factory=lambda items: {k: v for k, v in items if k in shown})
-        return facts | {"kind": "family"}
+        return facts | {"deepstack": bool(self.deepstack), "kind": "family"}
 
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-"""How the released processors of all families here normalise red, green and blue: CLIP's constants."""
+"""How most released processors normalise red, green and blue: CLIP's constants."""
 
 
-def gray_values(pixels: Tensor, channels: int) -> Tensor:
+def gray_values(
+    pixels: Tensor, channels: int, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[float] = PIXEL_STD
+) -> Tensor:
     """The mean of red, green and blue in [0, 255] of normalised `pixels`, whose dimension `channels` has the three.
 
-    A model's config does not say how its processor normalises. Where that is not by `PIXEL_MEAN` and `PIXEL_STD` the
+    A model's config does not say how its processor normalises. Where that is not by `mean` and `std`, the family's, the
     values are scaled and shifted, and so histograms of them coarser or finer; the models of `vlmattn.scenes`, whose
     processors take 0.5 for all six, are such.
     """
     shape = (3, *[1] * (pixels.ndim - channels - 1))
-    mean, std = (torch.tensor(x, device=pixels.device).view(shape) for x in (PIXEL_MEAN, PIXEL_STD))
-    return (pixels.float() * std + mean).mean(channels) * 255
+    center, spread = (torch.tensor(x, device=pixels.device).view(shape) for x in (mean, std))
+    return (pixels.float() * spread + center).mean(channels) * 255
 
 
 def register(family: Family) -> Family:
