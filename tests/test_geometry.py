@@ -66,16 +66,25 @@ def test_fixed_size_towers(size, options):
         assert light[index] > 0.75 and others.max() < 0.35
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_native_resolution_towers(size):
+def native_processor(patch: int) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": 600 * 600}, image_mean=[0, 0, 0], image_std=[1, 1, 1]
-    )
+    limits = {"shortest_edge": 56 * 56, "longest_edge": 600 * 600}
+    return Qwen2VLImageProcessorPil(size=limits, patch_size=patch, image_mean=[0, 0, 0], image_std=[1, 1, 1])
+
+
+NATIVE = {"qwen2_5_vl": 14, "qwen2_vl": 14, "qwen3_vl": 16}
+"""The families with one image processor, and the patches of each."""
+native = pytest.mark.parametrize(("model_type", "patch"), NATIVE.items(), ids=list(NATIVE))
+
+
+@native
+@pytest.mark.parametrize("size", SIZES)
+def test_native_resolution_towers(size, model_type, patch):
+    processor = native_processor(patch)
     blank = Image.new("RGB", size)
     inputs = processor(images=[blank], return_tensors="pt")
-    with vlmattn.wrap(tiny.qwen2_5_vl(), "none", SimpleNamespace(image_processor=processor)) as session:
+    with vlmattn.wrap(tiny.MODELS[model_type](), "none", SimpleNamespace(image_processor=processor)) as session:
         geometry: Geometry = session.geometry([blank], inputs)[0]
         with pytest.raises(CallError, match="2 images were given, but the inputs hold 1"):
             session.geometry([blank, blank], inputs)
@@ -89,9 +98,28 @@ def test_native_resolution_towers(size):
         assert light[index] > 0.75 and others.max() < 0.35
 
 
+@native
+@pytest.mark.parametrize("size", SIZES)
+def test_colours_tell_where_native_tokens_lie(size, model_type, patch):
+    """Red grows to the right and green downwards, so that the mean colour of a token is the middle of its rectangle."""
+    processor = native_processor(patch)
+    x, y = ((np.arange(n) + 0.5) / n for n in size)
+    colours = np.stack([*np.meshgrid(x, y), np.zeros(size[::-1])], -1)
+    image = Image.fromarray((255 * colours).round().astype(np.uint8))
+    inputs = processor(images=[image], return_tensors="pt")
+    with vlmattn.wrap(tiny.MODELS[model_type](), "none", SimpleNamespace(image_processor=processor)) as session:
+        geometry: Geometry = session.geometry([image], inputs)[0]
+    tokens = inputs["pixel_values"].view(geometry.num_tokens, 4, 3, -1).mean((1, 3))
+    for index, (red, green, _) in enumerate(tokens.tolist()):
+        x0, y0, x1, y1 = geometry.rect(index)
+        assert abs(red - (x0 + x1) / 2 / size[0]) < 0.02 and abs(green - (y0 + y1) / 2 / size[1]) < 0.02
+        assert geometry.index(red * size[0], green * size[1]) == index
+
+
 def test_the_grid_is_known_inside_the_model():
     """Two-dimensional picks need the grid; the M-RoPE family reads it off the positions, image by image."""
-    for family, grids in (("llava", [(1, 4, 4), (1, 4, 4)]), ("qwen2_5_vl", [(1, 4, 4), (1, 4, 6)])):
+    wide = [(1, 4, 4), (1, 4, 6)]
+    for family, grids in (("llava", [(1, 4, 4), (1, 4, 4)]), *((name, wide) for name in NATIVE)):
         model, seen = tiny.MODELS[family](), []
         with torch.no_grad(), vlmattn.wrap(model, "uniform(keep=4, before_layer=0, mode='2d')") as session:
             model(**tiny.prompts(family))

@@ -146,10 +146,10 @@ def qwen2_vl(seed: int = 0, layers: int = LAYERS, attention: str = "sdpa") -> An
 
 
 def qwen3_vl(seed: int = 0, layers: int = LAYERS, attention: str = "sdpa") -> Any:
-    """Qwen3-VL: features of two tower layers are added again, and heads are wider than `hidden_size / heads`."""
+    """Qwen3-VL: what both tower layers give is added again, and heads are wider than `hidden_size / heads`."""
     from transformers import Qwen3VLForConditionalGeneration
 
-    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
     vision |= {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]}
     text = {
         "head_dim": 24,
