@@ -34,8 +34,8 @@ test: $(READY)  ## the default test suite
 test-all: $(READY) $(OLD_READY)  ## every test, and the contract tests once more with the oldest transformers supported
 	@echo "test-all: every test, the slow product included"
 	@$(PYTEST_ENV) $(PY) $(PYTEST) -m ""
-	@echo "test-all: contract, engine, session and attention edits with the oldest transformers supported"
-	@$(PYTEST_ENV) $(OLD_PY) $(PYTEST) -m "" $(wildcard tests/test_contract*.py tests/test_engine*.py tests/test_session*.py tests/test_attend*.py tests/test_scenes_engine.py tests/test_vision_store.py)
+	@echo "test-all: contract, families, engine, session and attention edits with the oldest transformers supported"
+	@$(PYTEST_ENV) $(OLD_PY) $(PYTEST) -m "" $(wildcard tests/test_contract*.py tests/test_engine*.py tests/test_session*.py tests/test_attend*.py tests/test_scenes_engine.py tests/test_vision_store.py tests/test_families*.py)
 
 lint: $(READY)  ## ruff (rules and format) and mypy
 	@echo "lint: ruff and mypy"
