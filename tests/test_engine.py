@@ -458,9 +458,8 @@ def test_half_precision_runs(model, batch):
     low = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
     with vlmattn.wrap(model, BOTH_ENDS) as session:
         assert tokens(model, low).shape == (2, 8)
-        assert session.report().kv_bytes_full == sum(session.report().prompt_tokens) * 4 * 2 * 2 * 16 * (
-            model.config.get_text_config().num_key_value_heads
-        )
+        values = tiny.LAYERS * 2 * model.model.language_model.layers[0].self_attn.k_proj.out_features
+        assert session.report().kv_bytes_full == sum(session.report().prompt_tokens) * values * 2
 
 
 def test_mixed_dtypes_run(model, family, batch):
@@ -472,9 +471,8 @@ def test_mixed_dtypes_run(model, family, batch):
         assert torch.equal(tokens(model, batch), plain)
     with vlmattn.wrap(model, BOTH_ENDS) as session:
         assert tokens(model, batch).shape == plain.shape
-        assert session.report().kv_bytes_full == sum(session.report().prompt_tokens) * 4 * 2 * 2 * 16 * (
-            model.config.get_text_config().num_key_value_heads
-        )
+        values = tiny.LAYERS * 2 * model.model.language_model.layers[0].self_attn.k_proj.out_features
+        assert session.report().kv_bytes_full == sum(session.report().prompt_tokens) * values * 2
 
 
 def test_fastv_in_bfloat16_keeps_nearly_the_same_tokens(model, batch):
