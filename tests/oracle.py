@@ -75,17 +75,29 @@ def _tables(text_model: Any, embeds: Tensor, positions: Tensor) -> tuple[Tensor,
     return cos[0], sin[0]
 
 
+def heads(attention: Any, name: str, x: Tensor) -> Tensor:
+    """`(n, H, D)`: queries (`q`), keys (`k`) or values (`v`) of `(n, C)`, normed where the model norms them."""
+    projected = getattr(attention, f"{name}_proj")(x).view(len(x), -1, attention.head_dim)
+    norm = getattr(attention, f"{name}_norm", None)
+    return projected if norm is None else norm(projected)
+
+
+def behind(prompt: Prompt, index: int, hidden: Tensor, present: Sequence[int]) -> Tensor:
+    """What layer `index` gives for the columns `present`, with what the model adds there to those of the prompt."""
+    if index >= len(prompt.added):
+        return hidden
+    hidden = hidden.clone()
+    for slot, column in enumerate(present):
+        hidden[slot] += prompt.added[index][column] if column < len(prompt.visual) else 0.0
+    return hidden
+
+
 def layer_forward(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """One decoder layer on `(n, C)`; returns hidden states and probabilities `(H, n, n)`."""
     attention = layer.self_attn
     n = hidden.shape[0]
     x = layer.input_layernorm(hidden)
-    q, k, v = (
-        project(x).view(n, -1, attention.head_dim).transpose(0, 1)
-        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    if hasattr(attention, "q_norm"):
-        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k, v = (heads(attention, name, x).transpose(0, 1) for name in "qkv")
     q, k = q * cos + _rotate(q) * sin, k * cos + _rotate(k) * sin
     groups = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
@@ -136,10 +148,7 @@ def generate(
                 if compact:
                     cos, sin = _tables(text, hidden, torch.arange(len(stays))[None])
             hidden, probabilities = layer_forward(layer, hidden, cos, sin)
-            if index < len(prompt.added):
-                hidden = hidden.clone()
-                for slot, column in enumerate(present):
-                    hidden[slot] += prompt.added[index][column] if column < length else 0.0
+            hidden = behind(prompt, index, hidden, present)
         logits = model.lm_head(text.norm(hidden[-1]))
         token = follow[step] if step < len(follow) else int(logits.argmax())
         run.logits.append(logits)

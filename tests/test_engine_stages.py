@@ -266,7 +266,7 @@ def test_rows_alone_may_be_rewritten(model, batch):
     class Zero(Halves):
         def select(self, view: View) -> Keep:
             assert view.hidden is not None
-            return Keep(torch.ones_like(view.image, dtype=torch.bool), torch.zeros_like(view.hidden))
+            return Keep(torch.ones_like(view.image, dtype=torch.bool), torch.zeros_like(view.hidden), torch.zeros_like)
 
     Zero.name = "zero"
     other = batch | {"pixel_values": batch["pixel_values"].flip(-1)}

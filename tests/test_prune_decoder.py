@@ -94,10 +94,13 @@ def test_feather_ranks_without_rotation(family, model, batch):
     for row, prompt in enumerate(prompts):
         cos, sin = oracle._tables(text, prompt.embeds, prompt.positions)
         hidden, _ = oracle.layer_forward(text.layers[0], prompt.embeds, cos, sin)
+        hidden = oracle.behind(prompt, 0, hidden, range(len(hidden)))
         attention = text.layers[1].self_attn
         entering = text.layers[1].input_layernorm(hidden)
-        query = attention.q_proj(entering[-1]).view(-1, attention.head_dim)
-        key = attention.k_proj(entering[prompt.visual]).view(int(prompt.visual.sum()), -1, attention.head_dim)
+        query, key = (
+            oracle.heads(attention, "q", entering[-1:])[0],
+            oracle.heads(attention, "k", entering[prompt.visual]),
+        )
         key = key.repeat_interleave(len(query) // key.shape[1], 1)
         score = (torch.einsum("hd,nhd->hn", query, key) * attention.head_dim**-0.5).softmax(-1).mean(0).tolist()
         best = sorted(range(len(score)), key=lambda i: (-score[i], i))[: int(len(score) * 0.4 + 1e-9)]
@@ -178,6 +181,7 @@ def _upcoming(model: Any, prompt: oracle.Prompt, layer: int, stages: dict[int, l
             slots = torch.tensor([present.index(c) for c in stages[index]])
             hidden, cos, sin, present = hidden[slots], cos[slots], sin[slots], stages[index]
         hidden, probabilities = oracle.layer_forward(text.layers[index], hidden, cos, sin)
+        hidden = oracle.behind(prompt, index, hidden, present)
     return probabilities, present
 
 
