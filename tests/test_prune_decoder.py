@@ -29,7 +29,7 @@ def view(total: int, *, kept: list[int] | None = None, grid: tuple[int, int, int
         layer=2,
         image=torch.zeros_like(index),
         counts=torch.tensor([[index.shape[1]]]),
-        spans=((Span(0, total, 0, grid),),),
+        spans=((Span(0, total, 0, () if grid is None else (Raster(grid),)),),),
         index=index,
         **more,
     )

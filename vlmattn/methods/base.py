@@ -127,6 +127,8 @@ class Selector(Checks, Method):
         paper_after: whether the paper prunes after these layers, so that the stages are one layer later.
         any_stages: whether `before_layer` may name other numbers of stages than the paper has.
         min_layer: the first layer that can be pruned.
+        newlines: which of the newline tokens stay that end the lines of some images: `all`, those of `rows` that keep a
+            token, or `none`.
         entry_only: whether it acts on what enters the text model, so that its first stage is at layer 0.
         positions, shrink_early_layers: see `Pruner`.
     """
@@ -138,6 +140,7 @@ class Selector(Checks, Method):
     any_stages: ClassVar[bool] = False
     min_layer: ClassVar[int] = 0
     entry_only: ClassVar[bool] = False
+    newlines: str = "all"
 
     before_layer: int | tuple[int, ...] | None
     positions: str = "original"
