@@ -17,7 +17,7 @@ from vlmattn.methods.prune.dart import DART, least_like
 from vlmattn.methods.prune.feather import Feather
 from vlmattn.methods.prune.pyramiddrop import PyramidDrop
 from vlmattn.methods.views import Text, View
-from vlmattn.spans import Span
+from vlmattn.spans import Raster, Span
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ class Span:
     def grid(self) -> tuple[int, int, int] | None:
         """`(t, h, w)` of an image with one grid; None where there are several, or none is known."""
         return self.rasters[0].grid if len(self.rasters) == 1 else None
+
+    @property
+    def grids(self) -> tuple[tuple[int, int, int], ...]:
+        """`(t, h, w)` of every grid, in the order of the tokens."""
+        return tuple(raster.grid for raster in self.rasters)
 
     @property
     def columns(self) -> int:
@@ -161,6 +167,12 @@ def squarest(total: int) -> tuple[int, int, int]:
     """The `(1, h, w)` of `total` tokens that is nearest to a square, h <= w."""
     height = next(h for h in range(math.isqrt(total), 0, -1) if total % h == 0)
     return 1, height, total // height
+
+
+def in_proportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """`total` in parts as large as `sizes` say, by rounding down the running sums."""
+    bounds = [total * size // max(sum(sizes), 1) for size in itertools.accumulate(sizes, initial=0)]
+    return [b - a for a, b in itertools.pairwise(bounds)]
 
 
 def find_spans(visual: Tensor, tokens_per_image: int | None) -> list[list[Span]]:

@@ -114,6 +114,8 @@ def _literal(value: Any) -> str:
 
 SCOPES = ("image", "sample")
 POSITIONS = ("original", "compact")
+NEWLINES = ("all", "rows", "none")
+"""Newline tokens that stay: all of them, those of rows that keep a visual token, or none."""
 
 
 class Selector(Checks, Method):
@@ -127,8 +129,6 @@ class Selector(Checks, Method):
         paper_after: whether the paper prunes after these layers, so that the stages are one layer later.
         any_stages: whether `before_layer` may name other numbers of stages than the paper has.
         min_layer: the first layer that can be pruned.
-        newlines: which of the newline tokens stay that end the lines of some images: `all`, those of `rows` that keep a
-            token, or `none`.
         entry_only: whether it acts on what enters the text model, so that its first stage is at layer 0.
         positions, shrink_early_layers: see `Pruner`.
     """
@@ -140,7 +140,6 @@ class Selector(Checks, Method):
     any_stages: ClassVar[bool] = False
     min_layer: ClassVar[int] = 0
     entry_only: ClassVar[bool] = False
-    newlines: str = "all"
 
     before_layer: int | tuple[int, ...] | None
     positions: str = "original"
@@ -231,6 +230,11 @@ class Selector(Checks, Method):
     def requires(self) -> frozenset[str]:
         """What a model must have, by the names that families use for their capabilities."""
         return frozenset({"flat_positions"}) if self.positions == "compact" else frozenset()
+
+    @property
+    def newlines(self) -> str:
+        """Which of the newline tokens stay that end the lines of some images, of `NEWLINES`."""
+        return "all"
 
     @property
     def attention(self) -> Attention | None:

@@ -110,9 +110,9 @@ class Picture:
         return Geometry((1, height, width), size, (x[0], y[0]), cell, edges=(x, y))
 
     def _edges(self, axis: int, mosaic: Mosaic) -> list[float]:
-        """Where rows (axis 0) or columns begin on the canvas, and the end; a tile's last pixels may belong to no patch."""
+        """Where rows (axis 0) or columns begin on the canvas, and the end; a tile may end in pixels of no patch."""
         n = self.cells
-        edge = [float(place // n * self.side + place % n * self.patch) for place in range(mosaic.tiles[axis] * n + 1)]
+        edge = [float(at // n * self.side + at % n * self.patch) for at in range(mosaic.tiles[axis] * n + 1)]
         edge = edge[mosaic.skipped[axis] : len(edge) - mosaic.skipped[axis]]
         left, shown = len(edge) - 1, mosaic.shown[axis]
         if left == shown:

@@ -157,23 +157,25 @@ class Engine:
                 projection = operator.attrgetter(self.family.output_projection)(self.layers[index])
                 hook = functools.partial(self._on_heads, index)
                 stack.callback(projection.register_forward_pre_hook(hook).remove)
-            if self.store is not None and not self.program.looks:
+            # what only images of several grids are looked at for is left out where there are none
+            looks = frozenset(look for look in self.program.looks if self.family.layouts or not look.tiled)
+            if self.store is not None and not looks:
                 for name in self.family.feature_methods:
                     original = getattr(self.multimodal, name)
                     behind = shared(original, self.store, self.model, self.multimodal, self.text_model)
                     self._replace(stack, self.multimodal, name, behind)
             for place, (name, split) in enumerate(self.family.feature_methods.items()):
                 layout = functools.partial(self.family.layouts[name], self.config) if self.family.layouts else None
-                reads = {"layouts": layout} if layout else {}
+                reads: dict[str, Any] = {"layouts": layout} if layout else {}
                 if "content_key" in self.program.needs:
                     reads["keys"] = functools.partial(content_keys, split)
                 for what, read in reads.items():  # around the shared methods, so whether they run or not
                     behind = tapped(getattr(self.multimodal, name), read, functools.partial(self._put, what, place))
                     self._replace(stack, self.multimodal, name, behind)
-                if self.program.looks:
+                if looks:
                     put = functools.partial(self._put, "looks", place)
                     original, parts = getattr(self.multimodal, name), self.family.tower(self.model)
-                    behind = looking(original, parts, self.program.looks, put, layout)
+                    behind = looking(original, parts, looks, put, layout)
                     self._replace(stack, self.multimodal, name, behind)
             self._setup = stack.pop_all()
 

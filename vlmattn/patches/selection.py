@@ -323,6 +323,8 @@ def _looks(pruner: Selector, plan: Plan, rank: Tensor, shown: Tensor) -> dict[st
         raise CallError(f"{pruner} looks into the vision tower: pass pixel_values, not precomputed features")
     found = {}
     for name, look in pruner.looks.items():
+        if look.tiled and look not in plan.vision:
+            continue
         values = plan.vision[look]
         index = rank.to(values.device).view(*rank.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
         there = shown.to(values.device).view(*shown.shape, *[1] * (values.ndim - 2))

@@ -3,13 +3,15 @@
 The grid of each frame is pooled to gh x gw cells with gh = round(sqrt(n * h / w)) and gw = floor(n / gh), or in squares
 of `size` tokens: `average` and `max` over cells that may overlap by a row (as torch's adaptive pooling), `bilinear`
 interpolation between token centres. A pooled token stands at the token in the middle of its cell, rows and columns
-rounded down. Averaging shrinks norms; `rescale` gives each token the pooled norm of those it is made of. Before layer 0
-features are pooled as they come out of the projector; the forms are our own choice.
+rounded down. Of an image with several grids each is pooled by itself. Averaging shrinks norms; `rescale` gives each
+token the pooled norm of those it is made of. Before layer 0 features are pooled as they come out of the projector; the
+forms are our own choice.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -93,38 +95,48 @@ class Pool(Pruner):
                 where = (view.image[row] == span.image).nonzero()[:, 0]
                 if len(where) == 0:
                     continue
-                frames, height, width = grid = self._whole(len(where), span.grid)
-                cells = self._cells(grid)
-                x = rows[row, where].view(*grid, -1)
-                small = pooled(x, *cells, self.mode)
-                if self.rescale:
-                    norm = pooled(x.float().norm(dim=-1, keepdim=True), *cells, self.mode)
-                    small = torch.nn.functional.normalize(small, dim=-1) * norm
-                places = torch.arange(frames * height * width, device=where.device).view(grid)
-                down, across = (torch.tensor(centres(n, m), device=where.device) for n, m in zip(grid[1:], cells))
-                chosen = where[places[:, down][:, :, across].flatten()]
-                mask[row, chosen] = True
-                rows[row, chosen] = small.flatten(0, 2).to(rows)
+                for grid, mine in zip(span.grids, where.split(self._whole(len(where), span.grids)), strict=True):
+                    chosen, small = self._pooled(rows[row, mine].view(*grid, -1), len(mine) / len(where))
+                    mask[row, mine[chosen]] = True
+                    rows[row, mine[chosen]] = small.to(rows)
         return Keep(mask, rows)
+
+    def _pooled(self, x: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """The tokens in the middle of the cells of a grid `(t, h, w, C)`, counted through it, and the cells' values."""
+        frames, height, width, _ = x.shape
+        cells = self._cells((frames, height, width), share)
+        small = pooled(x, *cells, self.mode)
+        if self.rescale:
+            norm = pooled(x.float().norm(dim=-1, keepdim=True), *cells, self.mode)
+            small = torch.nn.functional.normalize(small, dim=-1) * norm
+        places = torch.arange(frames * height * width, device=x.device).view(frames, height, width)
+        down, across = (torch.tensor(centres(n, m), device=x.device) for n, m in zip((height, width), cells))
+        return places[:, down][:, :, across].flatten(), small.flatten(0, 2)
 
     def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
         """The cells of all frames."""
-        whole = self._whole(visual, squarest(visual) if grid is None else grid)
-        return whole[0] * math.prod(self._cells(whole))
+        whole = squarest(visual) if grid is None else grid
+        self._whole(visual, [whole])
+        return whole[0] * math.prod(self._cells(whole, 1.0))
 
-    def _whole(self, total: int, grid: tuple[int, int, int] | None) -> tuple[int, int, int]:
-        if grid is None or math.prod(grid) != total:
+    def _whole(self, total: int, grids: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Tokens of each grid of an image."""
+        sizes = [math.prod(grid) for grid in grids]
+        if sum(sizes) != total:
+            shown = ", ".join(map(str, grids)) or None
             raise CallError(
-                f"{self}: needs the whole grid of an image, but {total} tokens of grid {grid} are left: put it before "
+                f"{self}: needs the whole grid of an image, but {total} tokens of grid {shown} are left: put it before "
                 "the other pruners"
             )
-        return grid
+        return sizes
 
-    def _cells(self, grid: tuple[int, int, int]) -> tuple[int, int]:
-        """Rows and columns of cells in a frame."""
+    def _cells(self, grid: tuple[int, int, int], share: float) -> tuple[int, int]:
+        """Rows and columns of cells in a frame of a grid with that share of an image's tokens."""
         frames, height, width = grid
         if self.size is not None:
             return max(height // self.size, 1), max(width // self.size, 1)
-        wanted = max(budget.count(math.prod(grid), self.keep) // frames, 1)
+        total = math.prod(grid)
+        keep = self.keep if isinstance(self.keep, float) or share == 1 else max(int(self.keep * share), 1)
+        wanted = max(budget.count(total, keep) // frames, 1)
         rows = min(max(round(math.sqrt(wanted * height / width)), 1), height, wanted)
         return rows, min(wanted // rows, width)
