@@ -168,6 +168,16 @@ def arranged(pictures: Sequence[Picture], crops: Tensor) -> list[Tensor]:
     return [picture.arrange(part).view(-1, *crops.shape[2:]) for picture, part in zip(pictures, parts, strict=True)]
 
 
+def pooled(frames: Tensor, videos: int) -> list[Tensor]:
+    """What the tower has of the frames of all videos `(frames, n * n, ...)`, with frames shrunk to half their side."""
+    side = math.isqrt(frames.shape[1])
+    planes = frames.flatten(2) if frames.ndim > 2 else frames[..., None]
+    planes = planes.float().transpose(1, 2).unflatten(2, (side, side))
+    small = torch.nn.functional.interpolate(planes, [math.ceil(side / 2)] * 2, mode="bilinear")
+    rows = small.flatten(2).transpose(1, 2).to(frames)
+    return list(rows.reshape(videos, -1, *frames.shape[2:]))
+
+
 def real_crops(pictures: Sequence[Picture], pixels: Tensor) -> Tensor:
     """`(crops, 3, H, W)` of `(images, most crops, 3, H, W)` without those that fill up the batch."""
     if pixels.ndim == 4:

@@ -10,7 +10,8 @@ rotation. First stage: the best int(V * keep) and every token in a row and a col
 the best int(V1 * keep ** 2) of the V1 survivors; the grid is not protected.
 
 Deviations from the released code: every sample of a batch is ranked by itself; the grid is the image's own, not a
-square, and its stride holds for each frame of a video and for each grid of an image in tiles; at least one token stays (the code's `int` may leave none).
+square, and its stride holds for each frame of a video and for each grid of an image in tiles; at least one token stays
+(the code's `int` may leave none).
 Ablations of the paper: `stride=None` with one layer is FastV without rotary positions, `rotary=True` with rotary ones.
 """
 

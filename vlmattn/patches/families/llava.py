@@ -97,7 +97,7 @@ def tower_rows(
     )
 
 
-def _gray(arguments: Mapping[str, Any], patch: int, with_cls: bool) -> Sequence[Tensor]:
+def gray_patches(arguments: Mapping[str, Any], patch: int, with_cls: bool) -> Sequence[Tensor]:
     """Of every patch of an image in raster order; a CLS token has one value, that of black."""
     values = gray_values(arguments["pixel_values"], channels=1)
     patches = values.unfold(1, patch, patch).unfold(2, patch, patch).flatten(1, 2).flatten(2)[:, :, None]
@@ -117,7 +117,7 @@ def tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
         rows=functools.partial(tower_rows, with_cls=with_cls),
         projector=projector,
         cls=lambda output: torch.cat([output.hidden_states[state][:, :1] for state in states], -1),
-        gray=functools.partial(_gray, patch=config.vision_config.patch_size, with_cls=with_cls),
+        gray=functools.partial(gray_patches, patch=config.vision_config.patch_size, with_cls=with_cls),
         blocks=list(tower.encoder.layers),
     )
 

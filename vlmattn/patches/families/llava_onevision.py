@@ -8,13 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmattn.errors import CallError
 from vlmattn.patches import anyres
 from vlmattn.patches.families.base import Family, register
-from vlmattn.patches.families.llava import tower_parts, tower_rows
+from vlmattn.patches.families.llava import gray_patches, tower_parts, tower_rows
 from vlmattn.patches.tower import TowerParts
 from vlmattn.spans import Geometry, Raster
 
@@ -48,26 +47,18 @@ def _video_layout(config: Any, arguments: Mapping[str, Any]) -> Sequence[tuple[R
     return [(Raster((frames, side, side), line=frames * side * side),)] * videos
 
 
-def _pooled(crops: Tensor, videos: int) -> list[Tensor]:
-    """`(frames of all videos, n * n, ...)` as the model shrinks frames to half their side."""
-    side = math.isqrt(crops.shape[1])
-    planes = crops.flatten(2) if crops.ndim > 2 else crops[..., None]
-    planes = planes.float().transpose(1, 2).unflatten(2, (side, side))
-    small = torch.nn.functional.interpolate(planes, [math.ceil(side / 2)] * 2, mode="bilinear")
-    rows = small.flatten(2).transpose(1, 2).to(crops)
-    return list(rows.reshape(videos, -1, *crops.shape[2:]))
-
-
 def _arrange(crops: Tensor, arguments: Mapping[str, Any], config: Any) -> list[Tensor]:
     if "pixel_values_videos" in arguments:
-        return _pooled(crops, len(arguments["pixel_values_videos"]))
+        return anyres.pooled(crops, len(arguments["pixel_values_videos"]))
     return anyres.arranged(_pictures(config, arguments), crops)
 
 
-def _crops(config: Any, arguments: Mapping[str, Any]) -> Tensor:
+def _gray(arguments: Mapping[str, Any], config: Any) -> Sequence[Tensor]:
     if "pixel_values_videos" in arguments:
-        return arguments["pixel_values_videos"].flatten(0, 1)
-    return anyres.real_crops(_pictures(config, arguments), arguments["pixel_values"])
+        crops = arguments["pixel_values_videos"].flatten(0, 1)
+    else:
+        crops = anyres.real_crops(_pictures(config, arguments), arguments["pixel_values"])
+    return gray_patches({"pixel_values": crops}, config.vision_config.patch_size, with_cls=False)
 
 
 def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
@@ -78,7 +69,7 @@ def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
         rows=functools.partial(tower_rows, with_cls=True),  # every row is a patch
         projector=None,
         cls=None,
-        gray=lambda arguments: parts.gray({"pixel_values": _crops(config, arguments)}),
+        gray=functools.partial(_gray, config=config),
         blocks=(),
         arrange=functools.partial(_arrange, config=config),
     )
