@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+import test_text_tower as text_tower
 import tiny
 import torch
 from PIL import Image
@@ -430,6 +431,20 @@ def test_what_needs_cls_is_refused_without_it():
     vlmattn.wrap(tiny.llava_next(), "visionzip(keep_cls=True)").remove()
 
 
+def test_questions_are_compared_with_the_patches_of_tiles():
+    """The states of all crops in the prompt's order, in CDPruner beside the text tower."""
+    model, batch = tiny.llava_next(), tiny.prompts(NEXT)
+    tower = text_tower.TextTower(text_tower.clip(model), text_tower.Letters())
+    with vlmattn.wrap(model, "cdpruner(keep=0.3)", processor=text_tower.Processor(), text_tower=tower) as session:
+        together, kept = logits_of(model, batch), session.report().stages[0].kept
+        for row in range(2):
+            alone = logits_of(model, tiny.single(batch, row))
+            assert session.report().stages[0].kept[0] == kept[row]
+            assert (together[row] - alone[0]).abs().max() < 1e-4
+    with pytest.raises(UnsupportedModelError, match="CLIP"):
+        vlmattn.wrap(tiny.llava_onevision(), "cdpruner(keep=0.3)", text_tower=tower)
+
+
 # Methods that look at the grids
 
 
@@ -495,8 +510,8 @@ def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize(
     "text",
     ["uniform(keep=0.3, mode='2d', exact_budget=True, before_layer=0)", "pool(keep=0.3)", "rows(keep=0.5)", "hired",
-     "oraclebox(box=(0.0, 0.0, 0.5, 0.5))", "feather(keep=0.3, before_layer=1)", "visionzip(keep=0.4)", "prumerge", "vflowopt",
-     "divprune", "dart", "sparsevlm", "hired(budget_scope=sample, positions=compact)", "random(before_layer=0)"],
+     "oraclebox(box=(0.0, 0.0, 0.5, 0.5))", "feather(keep=0.3, before_layer=1)", "visionzip(keep=0.4)", "prumerge",
+     "vflowopt", "divprune", "dart", "sparsevlm", "hired(budget_scope=sample, positions=compact)"],
 )  # fmt: skip
 def test_pruners_on_images_of_several_grids(family, text):
     """Batch and single rows keep the same; every image keeps something of each grid where a place decides."""

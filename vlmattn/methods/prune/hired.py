@@ -110,7 +110,7 @@ class HiRED(Pruner):
 
     def _budgets(self, view: View, row: int, span: Span, sizes: list[int], total: int) -> list[int]:
         """How many tokens of each crop of an image stay."""
-        if len(span.rasters) == 1:
+        if len(span.rasters) < 2:
             return tile_budgets([1] * len(sizes), total, sizes, self.exact_budget)
         base, mosaic = sizes[0], sizes[1:]
         full = min(int(total * self.alpha + 1e-9), base)

@@ -105,6 +105,7 @@ def gray_patches(arguments: Mapping[str, Any], patch: int, with_cls: bool) -> Se
 
 
 def tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
+    """Of a tower of plain layers, whose pictures all have the same size."""
     attentions = [layer.self_attn for layer in tower.encoder.layers]
     chosen = config.vision_feature_layer
     with_cls = config.vision_feature_select_strategy == "full"
