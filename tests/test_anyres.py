@@ -235,6 +235,7 @@ def test_check_passes(family):
     for text in (
         "fastv(keep=0.5, before_layer=2) + var(sinks=[1, 2], tau=1.5, first_layer=1) + vhr",
         "hired(keep=0.4)",
+        "noimage(before_layer=2)",
     ):
         result = check_inputs(tiny.ANYRES[family](), one, text)
         verdicts = {row.name: row.verdict for row in result.rows}
