@@ -68,13 +68,17 @@ def _no_grad():
         yield
 
 
+FEW = ["fastv(keep=0.5, before_layer=2)", "random(keep=0.5, before_layer=0)", "uniform(keep=0.5, before_layer=2)"]
+"""What families with several grids an image are tried with; the rest is slow."""
+
+
 _MODELS: dict[tuple[str, str], Any] = {}
 
 
 def model_of(family: str, attention: str) -> Any:
     key = (family, attention)
     if key not in _MODELS:
-        _MODELS[key] = tiny.MODELS[family](attention=attention)
+        _MODELS[key] = (tiny.MODELS | tiny.ANYRES)[family](attention=attention)
     return _MODELS[key]
 
 
@@ -131,20 +135,37 @@ def is_removal(text: str) -> bool:
     return not any(m.merges or m.positions == "compact" for m in spec.parse(text) if isinstance(m, Selector))
 
 
-PAIRS = [(family, text) for family in FAMILIES for text in SPECS]
-served = pytest.mark.parametrize(("family", "text"), [pair for pair in PAIRS if has_all(*pair)])
-removals = pytest.mark.parametrize(
-    ("family", "text"), [pair for pair in PAIRS if has_all(*pair) and is_removal(pair[1])]
-)
+PAIRS = [(family, text) for family in [*FAMILIES, *tiny.ANYRES] for text in SPECS]
 
 
-def columns_of(batch: dict[str, torch.Tensor], stage: Any) -> list[list[int]]:
+def cases_of(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Parametrise by pairs of family and spec; most of those of the families with several grids are slow."""
+    marks = [(pytest.mark.slow,) if family in tiny.ANYRES and text not in FEW else () for family, text in pairs]
+    return pytest.mark.parametrize(
+        ("family", "text"), [pytest.param(*pair, marks=mark) for pair, mark in zip(pairs, marks, strict=True)]
+    )
+
+
+def keeps_text(family: str, text: str) -> bool:
+    """Whether all that is no visual token stays; newline tokens may not, see test_anyres.py."""
+    return family not in tiny.ANYRES or all(
+        method.newlines == "all" for method in spec.parse(text) if isinstance(method, Selector)
+    )
+
+
+served = cases_of([pair for pair in PAIRS if has_all(*pair)])
+counted = cases_of([pair for pair in PAIRS if has_all(*pair) and keeps_text(*pair)])
+removals = cases_of([pair for pair in PAIRS if has_all(*pair) and keeps_text(*pair) and is_removal(pair[1])])
+
+
+def columns_of(family: str, batch: dict[str, torch.Tensor], stage: Any) -> list[list[int]]:
     """The prompt columns that a stage of a report leaves, a row with at most one image each."""
     rows = []
+    visual, real = tiny.visual(family, batch), batch["attention_mask"].bool()
     for row, images in enumerate(stage.kept):
-        visual, real = batch["input_ids"][row] == tiny.IMAGE, batch["attention_mask"][row].bool()
-        kept = [int(visual.long().argmax()) + i for image in images for i in image]
-        rows.append(sorted([*(real & ~visual).nonzero()[:, 0].tolist(), *kept]))
+        own = visual[row].nonzero()[:, 0].tolist()
+        text = (real[row] & ~visual[row]).nonzero()[:, 0].tolist()
+        rows.append(sorted([*text, *(own[i] for image in images for i in image)]))
     return rows
 
 
@@ -168,23 +189,24 @@ def test_o2_removal_equals_masking(family, attention, shape, text):
     with vlmattn.wrap(model, text) as session:
         pruned = model(**batch).logits
         report = session.report()
-    stages = {stage.before_layer: columns_of(batch, stage) for stage in report.stages}
+    stages = {stage.before_layer: columns_of(family, batch, stage) for stage in report.stages}
     masked = oracle.masked_forward(model, batch, stages)
     for row, columns in enumerate(report.positions):
         assert gap(pruned[row, -len(columns) :], masked[row, columns]) < 1e-4
 
 
 @both
-@served
+@counted
 def test_o4_counts_and_order(family, attention, text):
     model, batch = model_of(family, attention), batch_of(family, "padded")
     with vlmattn.wrap(model, text) as session:
         model(**batch)
         report = session.report()
-    visual = batch["input_ids"] == tiny.IMAGE
+    visual = tiny.visual(family, batch)
     assert report.visual_tokens == visual.sum(1).tolist()
     for row, counts in enumerate(report.visual_per_layer):
-        if not any(method.adaptive for method in spec.parse(text)):
+        by_grid = family in tiny.ANYRES and text.startswith(("pool", "oraclebox"))  # several grids, each by itself
+        if not by_grid and not any(method.adaptive for method in spec.parse(text)):
             assert counts == expected_counts(text, int(visual[row].sum()))
         assert counts == sorted(counts, reverse=True) and min(counts) >= (0 if "noimage" in text else 1)
         text_columns = (batch["attention_mask"][row].bool() & ~visual[row]).nonzero()[:, 0].tolist()
@@ -194,7 +216,7 @@ def test_o4_counts_and_order(family, attention, text):
 
 @both
 @shapes
-@served
+@counted
 def test_o5_cache_lengths(family, attention, shape, text):
     model, batch = model_of(family, attention), batch_of(family, shape)
     with vlmattn.wrap(model, text) as session:
@@ -224,12 +246,13 @@ def test_o6_generation_equals_recomputation_without_cache(family, attention, sha
     with vlmattn.wrap(model, text) as session:
         out = generate(model, batch)
         report = session.report()
+    visual = tiny.visual(family, batch)
     for row, prompt in enumerate(prompts):
-        start = prompt.visual.tolist().index(True)
-        stages = {}
+        flags = visual[row, batch["attention_mask"][row].bool()]
+        own, stages = flags.nonzero()[:, 0].tolist(), {}
         for stage in report.stages:
-            kept = {start + i for i in stage.kept[row][0]}
-            stages[stage.before_layer] = [c for c, v in enumerate(prompt.visual.tolist()) if not v or c in kept]
+            kept = {own[i] for i in stage.kept[row][0]}
+            stages[stage.before_layer] = [c for c, v in enumerate(flags.tolist()) if not v or c in kept]
         expected = oracle.generate(model, prompt, stages, STEPS)
         assert out.sequences[row, -STEPS:].tolist() == expected.tokens
         assert max(gap(step[row], want) for step, want in zip(out.logits, expected.logits, strict=True)) < 1e-4
@@ -292,7 +315,7 @@ def test_o6_generation_equals_one_pass_over_prompt_and_answer(family, attention,
         assert gap(logits, again[:, step - STEPS - 1]) < 1e-4
 
 
-@pytest.mark.parametrize(("family", "text"), [pair for pair in PAIRS if not has_all(*pair)])
+@cases_of([pair for pair in PAIRS if not has_all(*pair)])
 def test_what_a_model_lacks_is_refused_by_name(family, text):
     """With the methods that fit instead."""
     with pytest.raises(UnsupportedModelError, match=r"needs .* has none: use .*fastv.*uniform"):

@@ -17,7 +17,7 @@ from vlmattn.methods.prune.dart import DART, least_like
 from vlmattn.methods.prune.feather import Feather
 from vlmattn.methods.prune.pyramiddrop import PyramidDrop
 from vlmattn.methods.views import Text, View
-from vlmattn.spans import Span
+from vlmattn.spans import Raster, Span
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -29,7 +29,7 @@ def view(total: int, *, kept: list[int] | None = None, grid: tuple[int, int, int
         layer=2,
         image=torch.zeros_like(index),
         counts=torch.tensor([[index.shape[1]]]),
-        spans=((Span(0, total, 0, grid),),),
+        spans=((Span(0, total, 0, () if grid is None else (Raster(grid),)),),),
         index=index,
         **more,
     )

@@ -17,7 +17,7 @@ from vlmattn.methods.base import View
 from vlmattn.methods.prune import _select as s
 from vlmattn.methods.prune import hired, visionzip
 from vlmattn.methods.views import Paired, Text
-from vlmattn.spans import Span
+from vlmattn.spans import Raster, Span
 
 
 def view(*rows: list[int], grids: dict[int, tuple[int, int, int]] | None = None, **given: Any) -> View:
@@ -31,7 +31,8 @@ def view(*rows: list[int], grids: dict[int, tuple[int, int, int]] | None = None,
             image[row, start : start + length] = number
             index[row, start : start + length] = torch.arange(length)
         places = enumerate(zip(starts, lengths, strict=True))
-        spans.append(tuple(Span(start, length, i, (grids or {}).get(length)) for i, (start, length) in places))
+        rasters = {length: (Raster(grid),) for length, grid in (grids or {}).items()}
+        spans.append(tuple(Span(start, length, i, rasters.get(length, ())) for i, (start, length) in places))
     counts = torch.tensor([[*lengths, *[0] * (images - len(lengths))] for lengths in rows])
     return View(layer=0, image=image, counts=counts, spans=tuple(spans), index=index, **given)
 

@@ -15,7 +15,7 @@ from vlmattn.methods.prune.fastv import FastV
 from vlmattn.methods.prune.random import Random
 from vlmattn.methods.prune.uniform import Uniform, picks, picks_2d
 from vlmattn.plan import Stage, compact, decode_mask, gather_rows, prefill_mask
-from vlmattn.spans import Geometry, Span, find_spans, image_index
+from vlmattn.spans import Geometry, Raster, Span, find_spans, image_index
 
 # budget
 
@@ -182,7 +182,7 @@ def view(visual: int, scores: torch.Tensor | None = None, grid: tuple[int, int, 
         layer=2,
         image=torch.zeros_like(index),
         counts=torch.tensor([[visual]]),
-        spans=((Span(1, visual, 0, grid),),),
+        spans=((Span(1, visual, 0, () if grid is None else (Raster(grid),)),),),
         index=index,
         scores=scores,
         keys=((12345,),),

@@ -3,6 +3,7 @@ uniform."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -163,6 +164,117 @@ MODELS = {**CORE, "qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}
 """Tests that ask for every family run in the default suite with those of `CORE`, see conftest.py."""
 
 
+def llava_next(seed: int = 0, layers: int = LAYERS, attention: str = "sdpa") -> Any:
+    """LLaVA-NeXT: 16 visual tokens for the whole image, and a mosaic of two to four tiles of 28 pixels."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(image_size=28, patch_size=7, projection_dim=32, **TOWER),
+        text_config=LlamaConfig(num_hidden_layers=layers, num_key_value_heads=4, **DECODER),
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]],
+        image_token_index=IMAGE,
+    )
+    return _finish(LlavaNextForConditionalGeneration._from_config(config, attn_implementation=attention))
+
+
+def llava_onevision(seed: int = 0, layers: int = LAYERS, attention: str = "sdpa") -> Any:
+    """LLaVA-OneVision: 25 tokens a crop of 38 pixels, of which the tower sees 35; mosaics shrink to twice that many."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    torch.manual_seed(seed)
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(image_size=38, patch_size=7, vision_use_head=False, **TOWER),
+        text_config=Qwen2Config(num_hidden_layers=layers, num_key_value_heads=2, **DECODER),
+        image_grid_pinpoints=[[38 * rows, 38 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)],
+        vision_aspect_ratio="anyres_max_2",
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+    )
+    return _finish(LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation=attention))
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+DECODER = {
+    **{"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
+    **{"max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+ANYRES = {"llava_next": llava_next, "llava_onevision": llava_onevision}
+"""Families whose images have several grids and newline tokens; see `visual`."""
+
+
+@functools.cache
+def _plain(family: str) -> Any:
+    """A model that nobody wraps."""
+    return ANYRES[family]()
+
+
+def visual(family: str, batch: dict[str, Tensor]) -> Tensor:
+    """`(B, N)` bool, visual tokens of a batch; newline tokens are none, told by what the text model gets for them."""
+    flags = (batch["input_ids"] == IMAGE) | (batch["input_ids"] == VIDEO)
+    if family not in ANYRES:
+        return flags
+    model, seen = _plain(family), {}
+    text_model = model.model.language_model
+    handle = text_model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    return flags & ~(seen["inputs_embeds"] == model.model.image_newline).all(-1)
+
+
+SIZES = [(40, 66), (70, 20), (38, 38), (20, 90)]
+"""Height and width of images in turn."""
+
+
+def tiled_prompts(
+    family: str, seed: int = 0, images: tuple[int, ...] = (1, 1), frames: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """As `prompts`, of images in tiles, and behind them in each row a video of so many frames; 0: none."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    model, generator = _plain(family), torch.Generator().manual_seed(seed)
+    side, points = model.config.vision_config.image_size, model.config.image_grid_pinpoints
+    sizes = [SIZES[n % len(SIZES)] for n in range(sum(images))]
+    batch: dict[str, Tensor] = {}
+    features: list[Tensor] = []
+    if sizes:
+        together = [count for count in images for _ in range(count)]
+        several = family == "llava_onevision"
+        crops = [
+            1 if several and n > 1 else image_size_to_num_patches(size, points, side)
+            for size, n in zip(sizes, together, strict=True)
+        ]
+        pixels = torch.zeros(len(sizes), max(crops), 3, side, side)
+        for image, count in enumerate(crops):
+            pixels[image, :count] = torch.randn(count, 3, side, side, generator=generator)
+        batch = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+        if several and max(images) > 1:
+            batch["batch_num_images"] = torch.tensor([count for count in images if count])
+        with torch.no_grad():
+            features = list(model.model.get_image_features(**batch).pooler_output)
+    waiting = iter(features)
+    rows = []
+    for row, count in enumerate(images):
+        ids = [1, *words(generator, 2 * row)]
+        for _ in range(count):
+            ids += [IMAGE] * len(next(waiting)) + words(generator, 2)
+        if row < len(frames) and frames[row]:
+            side_tokens = -(-(side // model.config.vision_config.patch_size) // 2)
+            ids += [VIDEO] * (frames[row] * side_tokens**2 + 1) + words(generator, 1)
+        rows.append(ids + words(generator, 9 - 4 * (row % 2)))
+    videos = [count for count in frames if count]
+    if videos:
+        batch["pixel_values_videos"] = torch.randn(len(videos), videos[0], 3, side, side, generator=generator)
+    ids, mask = pad_left(rows)
+    return {"input_ids": ids, "attention_mask": mask} | batch
+
+
 def pad_left(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Ids and attention mask `(B, N)`, zeros on the left."""
     width = max(map(len, rows))
@@ -181,6 +293,8 @@ def prompts(family: str, seed: int = 0, images: tuple[int, ...] = (1, 1)) -> dic
 
     Rows differ in length; the images of the M-RoPE family also differ in size (4 x 4 and 4 x 6 tokens in turn).
     """
+    if family in ANYRES:
+        return tiled_prompts(family, seed, images)
     generator = torch.Generator().manual_seed(seed)
     rows, grids = [], []
     for row, count in enumerate(images):
@@ -220,4 +334,7 @@ def single(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
         one["image_grid_thw"] = batch["image_grid_thw"][row : row + 1]
     else:
         one["pixel_values"] = batch["pixel_values"][row : row + 1]
+    if "image_sizes" in batch:
+        real = (one["pixel_values"][0] != 0).flatten(1).any(1)
+        one |= {"pixel_values": one["pixel_values"][:, real], "image_sizes": batch["image_sizes"][row : row + 1]}
     return one

@@ -82,8 +82,10 @@ class Plan:
 
     Attributes:
         real: `(B, N)` bool, False at padding.
-        visual: `(B, N)` bool.
+        visual: `(B, N)` bool; newline tokens, which stand among visual ones, are none.
         image: `(B, N)` long, image of each token within its sample, -1 for text.
+        newline: `(B, N)` long, at a newline token the visual tokens of the line that it ends, elsewhere 0. For pruning
+            newline tokens are text that nobody asks by; for edits of attention they are visual.
         spans: per sample the spans of its images.
         ahead: guessed tokens behind the prompt that went through the prefill with it; `settle` forgets them.
         stages: in order of layer, as the prefill ran.
@@ -107,6 +109,7 @@ class Plan:
     real: Tensor
     visual: Tensor
     image: Tensor
+    newline: Tensor
     spans: Sequence[Sequence[Span]]
     ahead: int = 0
     stages: list[Stage] = field(default_factory=list)
@@ -156,7 +159,8 @@ class Plan:
         self.paired = None
         if self.ahead:
             end, self.ahead = -self.ahead, 0
-            self.real, self.visual, self.image = self.real[:, :end], self.visual[:, :end], self.image[:, :end]
+            for name in ("real", "visual", "image", "newline"):
+                setattr(self, name, getattr(self, name)[:, :end])
             self.stages = [stage.without_last(-end) for stage in self.stages]
             self.held = None if self.held is None else [stage.without_last(-end) for stage in self.held]
             self.tags = {layer: tags.without_last(-end) for layer, tags in self.tags.items()}
@@ -173,6 +177,7 @@ class Plan:
             real=self.real[index],
             visual=self.visual[index],
             image=self.image[index],
+            newline=self.newline[index],
             spans=[self.spans[row] for row in order],
             text=None if self.text is None else self.text[index],
             stages=[stage.rows(index) for stage in self.stages],

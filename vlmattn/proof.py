@@ -20,7 +20,6 @@ from vlmattn.errors import BudgetError, CallError, VlmattnError
 from vlmattn.methods.base import Editor, Method, Pruner, Selector
 from vlmattn.patches import families
 from vlmattn.session import Session, wrap
-from vlmattn.spans import find_spans
 
 FP32_TOLERANCE = 1e-4
 """Largest logit difference allowed in fp32, as a share of the largest logit."""
@@ -202,7 +201,7 @@ class Proof:
         with wrap(self.model, pruners) as session:
             pruned = self.logits()
             report = session.report()
-        dropped = {stage.before_layer: self._dropped(stage.kept[0]) for stage in report.stages}
+        dropped = {stage.before_layer: self._dropped(stage.positions[0]) for stage in report.stages}
         if not dropped:
             return _row(None, None, None, "every visual token stayed: nothing was removed")
         with masked(self.layers, dropped, additive=self.attention == "eager"):
@@ -281,11 +280,9 @@ class Proof:
         )
         return _row(gap.rms <= self.tolerance and gap.agreement >= HALF_AGREEMENT, gap.rms, self.tolerance, said)
 
-    def _dropped(self, kept: Sequence[Sequence[int]]) -> list[int]:
-        """Prompt columns of the visual tokens that are not among `kept`, indices within each image."""
-        spans = find_spans(self.visual[None], self.family.tokens_per_image(self.model.config))[0]
-        stays = {span.start + index for span, indices in zip(spans, kept, strict=True) for index in indices}
-        return [column for column in self.visual.nonzero()[:, 0].tolist() if column not in stays]
+    def _dropped(self, kept: Sequence[int]) -> list[int]:
+        """Prompt columns that are not among `kept`."""
+        return sorted(set(range(len(self.visual))) - set(kept))
 
 
 def _row(passed: bool | None, value: float | None, limit: float | None, said: str) -> CheckRow:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from vlmattn.cost import Dims, kv_bytes, prefill_macs
 from vlmattn.plan import Plan, Stage
 
@@ -19,11 +21,13 @@ class StageReport:
         method: text of the method.
         before_layer: decoder layer whose input is already pruned.
         kept: per sample and image the indices (within the image, raster order) of the visual tokens that are left.
+        positions: per sample the prompt columns (padding counted) of all tokens that are left.
     """
 
     method: str
     before_layer: int
     kept: list[list[list[int]]]
+    positions: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Report:
         family: name of the model family.
         num_layers: decoder layers.
         prompt_tokens: per sample, without padding.
-        visual_tokens: per sample.
+        visual_tokens: per sample, without newline tokens, which count as text.
         visual_per_layer: per sample, visual tokens in each decoder layer.
         kv_bytes: keys and values held after the prefill over all samples, without padding.
         kv_bytes_full: the same without pruning.
@@ -113,11 +117,10 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
     """
     prompt = plan.real.sum(1).tolist()
     visual = plan.visual.sum(1).tolist()
-    text = [n - v for n, v in zip(prompt, visual, strict=True)]
-    per_layer = _per_sample(plan, [plan.stage(layer) for layer in range(dims.num_layers)])
-    held = _per_sample(plan, [plan.holding(layer) for layer in range(dims.num_layers)])
-    tokens = [[text[row] + n for n in counts] for row, counts in enumerate(per_layer)]
-    cached = [[text[row] + n for n in counts] for row, counts in enumerate(held)]
+    stages = [plan.stage(layer) for layer in range(dims.num_layers)]
+    per_layer = _per_sample(stages, plan.visual, plan)
+    tokens = _per_sample(stages, plan.real, plan)
+    cached = _per_sample([plan.holding(layer) for layer in range(dims.num_layers)], plan.real, plan)
     full = [[prompt[row]] * dims.num_layers for row in range(len(prompt))]
     return Report(
         spec=spec,
@@ -130,7 +133,9 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
         kv_bytes_full=sum(kv_bytes(dims, row, bytes_per_value) for row in full),
         prefill_macs=sum(prefill_macs(dims, row) for row in tokens),
         prefill_macs_full=sum(prefill_macs(dims, row) for row in full),
-        stages=[StageReport(stage.method, stage.layer, _kept(plan, stage)) for stage in plan.stages],
+        stages=[
+            StageReport(stage.method, stage.layer, _kept(plan, stage), _positions(plan, stage)) for stage in plan.stages
+        ],
         positions=_positions(plan, plan.stage(dims.num_layers - 1)),
     )
 
@@ -147,20 +152,25 @@ def _positions(plan: Plan, stage: Stage | None) -> list[list[int]]:
     ]
 
 
-def _per_sample(plan: Plan, stages: Sequence[Stage | None]) -> list[list[int]]:
-    """Per sample the visual tokens of the stage of every layer."""
-    visual: Sequence[Sequence[bool]] = plan.visual.tolist()
+def _per_sample(stages: Sequence[Stage | None], flags: Tensor, plan: Plan) -> list[list[int]]:
+    """Per sample how many tokens with true `flags` `(B, N)` the stage of every layer has."""
+    wanted: Sequence[Sequence[bool]] = flags.tolist()
     counts: dict[int, list[int]] = {}
     for stage in stages:
         if id(stage) not in counts:
             columns = _positions(plan, stage)
-            counts[id(stage)] = [sum(visual[row][c] for c in mine) for row, mine in enumerate(columns)]
-    return [[counts[id(stage)][row] for stage in stages] for row in range(len(visual))]
+            counts[id(stage)] = [sum(wanted[row][c] for c in mine) for row, mine in enumerate(columns)]
+    return [[counts[id(stage)][row] for stage in stages] for row in range(len(wanted))]
 
 
 def _kept(plan: Plan, stage: Stage) -> list[list[list[int]]]:
     result = []
+    visual = plan.visual.tolist()
     for row, columns in enumerate(_positions(plan, stage)):
-        spans = plan.spans[row]
-        result.append([[c - s.start for c in columns if s.start <= c < s.start + s.length] for s in spans])
+        there = set(columns)
+        images = []
+        for span in plan.spans[row]:
+            own = [column for column in range(span.start, span.start + span.columns) if visual[row][column]]
+            images.append([index for index, column in enumerate(own) if column in there])
+        result.append(images)
     return result

@@ -34,8 +34,7 @@ class Answers:
             before a repetition penalty or the like of its generation settings; None where the tokenizer has no token
             that tells them apart.
         seen: per question what is recorded about its visual tokens: `kept` (a list of stages, see
-            `vlmattn.eval.records.kept_tokens`) and `geometry` (`grid`, `size`, `origin`, `cell`, in pixels of the
-            image); empty where nothing was pruned.
+            `vlmattn.eval.records.kept_tokens`) and `geometry` (`Geometry.as_dict`); empty where nothing was pruned.
         costs: per question, deterministic: visual tokens and KV bytes.
         times: of the whole batch, in milliseconds: `prefill_ms` (vision tower included, also where its features came
             from a store), `vision_ms` (how much of that the store saved), `decode_ms`; and `new_tokens`, the steps of
@@ -195,8 +194,7 @@ class Asker:
                 }
                 for stage in report.stages
             ]
-            shape = {name: list(getattr(geometry, name)) for name in ("grid", "size", "origin", "cell")}
-            found.append({"kept": kept, "geometry": shape})
+            found.append({"kept": kept, "geometry": geometry.as_dict()})
         return found
 
 

@@ -162,11 +162,12 @@ def pictures(image: Image, name: str, seen: Iterable[tuple[str, Mapping[str, Any
     for label, record in seen:
         if not record.get("kept") or "geometry" not in record:
             continue
-        grid, size, origin, cell = (tuple(record["geometry"][part]) for part in ("grid", "size", "origin", "cell"))
-        if size != image.size:
-            raise ValueError(f"it has {image.width} x {image.height} pixels, the model saw {size[0]} x {size[1]}")
+        geometry = Geometry.from_dict(record["geometry"])
+        if geometry.size != image.size:
+            width, height = geometry.size
+            raise ValueError(f"it has {image.width} x {image.height} pixels, the model saw {width} x {height}")
         pruned = [(stage["method"], stage["before_layer"], kept_tokens(stage)) for stage in record["kept"]]
-        for title, picture in overlay.stage_panels(image, Geometry(grid, size, origin, cell), pruned, _SIDE)[1:]:
+        for title, picture in overlay.stage_panels(image, geometry, pruned, _SIDE)[1:]:
             method, where = title.split("\n")
             found.append(page.Picture([label, *([method] if len(pruned) > 1 else []), where], picture))
     return found

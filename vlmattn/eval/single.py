@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +102,7 @@ def stage_lines(told: Sequence[Told]) -> list[str]:
     """One line per pruning stage: method, how many tokens stayed, from which layer on."""
     lines = []
     for entry in told:
-        total = math.prod(entry.geometry.grid)
+        total = entry.geometry.num_tokens
         for stage in entry.report.stages:
             where = "before the first layer" if stage.before_layer <= 0 else f"before layer {stage.before_layer}"
             kept = len(stage.kept[0][0])

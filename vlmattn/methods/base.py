@@ -114,6 +114,8 @@ def _literal(value: Any) -> str:
 
 SCOPES = ("image", "sample")
 POSITIONS = ("original", "compact")
+NEWLINES = ("all", "rows", "none")
+"""Newline tokens that stay: all of them, those of rows that keep a visual token, or none."""
 
 
 class Selector(Checks, Method):
@@ -228,6 +230,11 @@ class Selector(Checks, Method):
     def requires(self) -> frozenset[str]:
         """What a model must have, by the names that families use for their capabilities."""
         return frozenset({"flat_positions"}) if self.positions == "compact" else frozenset()
+
+    @property
+    def newlines(self) -> str:
+        """Which of the newline tokens stay that end the lines of some images, of `NEWLINES`."""
+        return "all"
 
     @property
     def attention(self) -> Attention | None:

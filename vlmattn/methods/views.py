@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from vlmattn.spans import Span
+from vlmattn.spans import Raster, Span
 
 ROWS = ("last", "text", "after", "all", "own")
 
@@ -51,11 +53,13 @@ class Look:
         weigh: for `weighted`: the attention that the tokens of `P` images receive, `(P, W)` fp32, and which of them
             there are, `(P, W)` bool, to the weights `(P, W)` of their own rows; for `entropy`: the entropies to what is
             made of them.
+        tiled: whether only images of several grids are looked at for it; of families that have none it is left out.
     """
 
     what: str
     layer: int | None = None
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None
+    tiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,23 @@ class View:
         """Per sample the visual tokens of each image as it stood in the prompt; 0 where a sample has fewer images."""
         images = self.counts.shape[1]
         return [[span.length for span in row] + [0] * (images - len(row)) for row in self.spans]
+
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`(B, V)` long each: rows and columns of the frame that a token stands in, and its place there, counted row by
+        row. An image whose grids are not known is one row."""
+        rasters = [[span.rasters or (Raster((1, 1, span.length)),) for span in row] for row in self.spans]
+        most = max((len(image) for row in rasters for image in row), default=1)
+        table = torch.ones(*self.counts.shape, most, 3, dtype=torch.long)
+        table[..., 0] = torch.iinfo(torch.long).max  # no token is behind the start of a grid that there is not
+        for row, images in enumerate(rasters):
+            for number, image in enumerate(images):
+                start = itertools.accumulate((raster.length for raster in image), initial=0)
+                facts = [(first, *raster.grid[1:]) for first, raster in zip(start, image, strict=False)]
+                table[row, number, : len(facts)] = torch.tensor(facts)
+        mine = table.to(self.image.device)[torch.arange(len(self.image))[:, None], self.image.clamp_min(0)]
+        grid = ((self.index[..., None] >= mine[..., 0]).sum(-1) - 1).clamp_min(0)
+        first, height, width = mine.gather(2, grid[..., None, None].expand(-1, -1, 1, 3))[:, :, 0].unbind(-1)
+        return height, width, (self.index - first) % (height * width)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlmattn.cost import Dims
 from vlmattn.errors import CallError, VlmattnWarning
-from vlmattn.methods.base import Look, Method
+from vlmattn.methods.base import Method
 from vlmattn.methods.views import Paired
 from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
@@ -34,8 +34,11 @@ from vlmattn.patches.program import Program, compile_program
 from vlmattn.patches.prompt import Seen, read_prompt
 from vlmattn.patches.text_tower import TextTower, read_questions
 from vlmattn.patches.tower import looking
-from vlmattn.patches.vision import VisionStore, outermost, shared, tapped
+from vlmattn.patches.vision import VisionStore, content_keys, outermost, shared, tapped
 from vlmattn.plan import Plan
+
+SEEN = ("keys", "looks", "layouts")
+"""What is noted at the vision tower, the fields of `Seen` in order."""
 
 IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
@@ -155,20 +158,25 @@ class Engine:
                 projection = operator.attrgetter(self.family.output_projection)(self.layers[index])
                 hook = functools.partial(self._on_heads, index)
                 stack.callback(projection.register_forward_pre_hook(hook).remove)
-            if self.store is not None and not self.program.looks:
+            # what only images of several grids are looked at for is left out where there are none
+            looks = frozenset(look for look in self.program.looks if self.family.layouts or not look.tiled)
+            if self.store is not None and not looks:
                 for name in self.family.feature_methods:
                     original = getattr(self.multimodal, name)
                     behind = shared(original, self.store, self.model, self.multimodal, self.text_model)
                     self._replace(stack, self.multimodal, name, behind)
-            if "content_key" in self.program.needs:  # around the shared methods: keys are taken whether they run or not
-                for place, (name, split) in enumerate(self.family.feature_methods.items()):
-                    put = functools.partial(self._put_keys, place)
-                    self._replace(stack, self.multimodal, name, tapped(getattr(self.multimodal, name), split, put))
-            if self.program.looks:
-                parts = self.family.tower(self.model)
-                for place, name in enumerate(self.family.feature_methods):
-                    put = functools.partial(self._put_looks, place)
-                    behind = looking(getattr(self.multimodal, name), parts, self.program.looks, put)
+            for place, (name, split) in enumerate(self.family.feature_methods.items()):
+                layout = functools.partial(self.family.layouts[name], self.config) if self.family.layouts else None
+                reads: dict[str, Any] = {"layouts": layout} if layout else {}
+                if "content_key" in self.program.needs:
+                    reads["keys"] = functools.partial(content_keys, split)
+                for what, read in reads.items():  # around the shared methods, so whether they run or not
+                    behind = tapped(getattr(self.multimodal, name), read, functools.partial(self._put, what, place))
+                    self._replace(stack, self.multimodal, name, behind)
+                if looks:
+                    put = functools.partial(self._put, "looks", place)
+                    original, parts = getattr(self.multimodal, name), self.family.tower(self.model)
+                    behind = looking(original, parts, looks, put, layout)
                     self._replace(stack, self.multimodal, name, behind)
             for name, original in plain.items():
                 if (behind := getattr(self.multimodal, name)) != original:
@@ -251,12 +259,12 @@ class Engine:
 
     def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Whatever happened, the next call starts from nothing."""
-        for name in ("call", "keys", "looks"):
+        for name in ("call", *SEEN):
             self._local.__dict__.pop(name, None)
 
     def _on_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: _Call | None = self._local.__dict__.pop("call", None)
-        seen = Seen(self._local.__dict__.pop("keys", {}), self._local.__dict__.pop("looks", {}))
+        seen = Seen(*(self._local.__dict__.pop(name, {}) for name in SEEN))
         config: Any = self.text_model.config
         if self.program.acts and not is_living(config):
             raise CallError(
@@ -271,6 +279,10 @@ class Engine:
             if call.ids is None:
                 if self.program.acts:
                     raise CallError("visual tokens are found by their ids: pass input_ids, not inputs_embeds")
+                return None
+            if self.family.layouts and not seen.layouts:
+                if self.program.acts:
+                    raise CallError("features do not tell how the tokens of an image lie: pass pixel_values instead")
                 return None
             ahead = max(call.ids.shape[1] - (self._local.__dict__.get("prompt_length") or call.ids.shape[1]), 0)
             plan = read_prompt(self.family, self.config, call.ids, ahead, arguments, seen)
@@ -347,11 +359,9 @@ class Engine:
         live: Pass | None = self._local.__dict__.get("live")
         return None if live is None else live.enter(index, args, kwargs)
 
-    def _put_keys(self, place: int, keys: list[int]) -> None:
-        self._local.__dict__.setdefault("keys", {})[place] = keys
-
-    def _put_looks(self, place: int, looks: dict[Look, list[Tensor]]) -> None:
-        self._local.__dict__.setdefault("looks", {})[place] = looks
+    def _put(self, name: str, place: int, seen: Any) -> None:
+        """Note what was seen at a feature method for the pass that follows, by a name of `SEEN`."""
+        self._local.__dict__.setdefault(name, {})[place] = seen
 
     @contextmanager
     def prompt_ends(self, length: int | None) -> Iterator[None]:
@@ -379,7 +389,7 @@ class Engine:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            for name in ("keys", "looks"):
+            for name in SEEN:
                 self._local.__dict__.pop(name, None)
             if self.program.changes:
                 given = signature.bind(*args, **kwargs).arguments

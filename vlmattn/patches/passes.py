@@ -93,8 +93,7 @@ class Pass:
             half = self.plan.samples
             gain, divergence = method.gain(last[:half], last[half:])
             # without an image both streams say the same, and what differs is rounding, or the gap the image left
-            _, _, visual = frame(self.plan, self.plan.stage(0))
-            seen = visual[:half].any(1, keepdim=True).to(gain.device)
+            seen = frame(self.plan, self.plan.stage(0)).imagery[:half].any(1, keepdim=True).to(gain.device)
             gain, divergence = torch.where(seen, gain, 1.0), torch.where(seen, divergence, 0.0)
             self.plan.gains[index], self.plan.divergences[index] = gain, divergence
         if gain is None:
@@ -143,7 +142,7 @@ class Pass:
     ) -> None:
         """Note the attention a pruner wants to see before layer `before`, if `hidden` enters layer `index`."""
         attention = turn.pruner.attention
-        _, _, visual = frame(self.plan, stage)
+        visual = frame(self.plan, stage).visual
         if attention is None or not wants_scores(turn, self.plan) or not bool(visual.any()):
             return
         score = score_options(attention, str(turn), self.plan, stage, hidden.device)
@@ -180,7 +179,8 @@ class Pass:
         if editor is None and not self.program.record:
             return None
         if self.prefill:
-            _, real, visual = (x.to(hidden.device) for x in frame(self.plan, stage))
+            slots = frame(self.plan, stage)
+            real, visual = slots.real.to(hidden.device), slots.imagery.to(hidden.device)
             fresh = _tags(editor, hidden, real, visual, self.program.sink_dims)
             if self.plan.ahead:
                 fresh.tag[:, -self.plan.ahead :] = TEXT  # tokens after the prompt are text, whatever they look like
@@ -212,7 +212,8 @@ def _tags(
 
 def _edited_rows(editor: Editor | None, plan: Plan, stage: Stage | None) -> Tensor:
     """`(B, M)` bool, the rows of the prompt that an editor changes: text behind the first image, or the last row."""
-    _, real, visual = frame(plan, stage)
+    slots = frame(plan, stage)
+    real, visual = slots.real, slots.imagery
     if editor is None:
         return torch.zeros_like(real)
     if editor.edit().rows == "last":

@@ -16,7 +16,7 @@ from vlmattn.methods.base import Look
 from vlmattn.patches.families.base import Family
 from vlmattn.patches.vision import content_key
 from vlmattn.plan import Plan
-from vlmattn.spans import Span, find_spans, image_index
+from vlmattn.spans import Raster, Span, find_spans, image_index, lay_out, line_lengths
 
 Source = tuple[int, int]
 """Where an image went through: which feature method, and which of its images."""
@@ -29,10 +29,12 @@ class Seen:
     Attributes:
         keys: content keys of the images, in batch order.
         looks: what methods look at, a tensor `(n_i, ...)` an image.
+        layouts: the grids of every image, of families that declare them.
     """
 
     keys: Mapping[int, Sequence[int]] = field(default_factory=dict)
     looks: Mapping[int, Mapping[Look, Sequence[Tensor]]] = field(default_factory=dict)
+    layouts: Mapping[int, Sequence[tuple[Raster, ...]]] = field(default_factory=dict)
 
     def counts(self) -> dict[int, int]:
         """How many images went through each feature method."""
@@ -53,7 +55,8 @@ def read_prompt(
         seen: at the vision tower, if anybody looked.
     """
     placeholders = family.placeholders(config)
-    visual = functools.reduce(torch.logical_or, [ids == token for token in placeholders])
+    shown = [ids == token for token in placeholders]
+    visual = functools.reduce(torch.logical_or, shown)
     if not bool(visual.any()):
         return None
     if ahead and bool(visual[:, -ahead:].any()):
@@ -65,11 +68,20 @@ def read_prompt(
     # any other mask is refused later, or leaves nothing to do
     real = mask.bool() if isinstance(mask, Tensor) and mask.shape == visual.shape else torch.ones_like(visual)
     positions = arguments.get("position_ids")
-    spans = [
-        tuple(dataclasses.replace(span, grid=_grid(family, config, positions, row, span)) for span in row_spans)
-        for row, row_spans in enumerate(find_spans(visual, family.tokens_per_image(config)))
-    ]
-    plan = Plan(real, visual, image_index(spans, ids.shape[1], ids.device), spans, ahead, samples=ids.shape[0])
+    if family.layouts:
+        kinds = functools.reduce(
+            lambda found, kind: torch.where(shown[kind], kind, found), range(len(shown)), ids * 0 - 1
+        )
+        spans = [tuple(row_spans) for row_spans in lay_out(kinds, seen.layouts)]
+    else:
+        spans = [
+            tuple(
+                dataclasses.replace(span, rasters=_rasters(family, config, positions, row, span)) for span in row_spans
+            )
+            for row, row_spans in enumerate(find_spans(visual, family.tokens_per_image(config)))
+        ]
+    image, newline = (of(spans, ids.shape[1], ids.device) for of in (image_index, line_lengths))
+    plan = Plan(real, visual & (newline == 0), image, newline, spans, ahead, samples=ids.shape[0])
     wrappers = torch.tensor([*family.wrappers(config), -1], device=ids.device)
     plan.text = real & ~visual & ~torch.isin(ids, wrappers)
     if ahead:
@@ -88,12 +100,13 @@ def read_prompt(
     return plan
 
 
-def _grid(family: Family, config: Any, positions: Tensor | None, row: int, span: Span) -> tuple[int, int, int] | None:
+def _rasters(family: Family, config: Any, positions: Tensor | None, row: int, span: Span) -> tuple[Raster, ...]:
     rows = None
     if family.rope == "mrope" and positions is not None and positions.ndim == 3 and len(positions) >= 3:
         axes = positions[-3:]
         rows = axes[:, row if axes.shape[1] > 1 else 0, span.start : span.start + span.length]
-    return family.grid(config, span.length, rows)
+    grid = family.grid(config, span.length, rows)
+    return () if grid is None else (Raster(grid),)
 
 
 def _sources(

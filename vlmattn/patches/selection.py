@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Chosen:
 
 def score_options(attention: Attention, text: str, plan: Plan, stage: Stage | None, device: Any) -> dict[str, Any]:
     """`rows`, `over` and `heads` of `attention_received` for what the pruner with that text wants to see."""
-    _, _, visual = frame(plan, stage)
+    visual = frame(plan, stage).visual
     rows = query_rows(attention.rows, text, plan, stage)
     over = None if attention.over == "all" else visual.to(device)
     return {"rows": rows.to(device), "over": over, "heads": attention.heads}
@@ -59,7 +59,7 @@ def score_options(attention: Attention, text: str, plan: Plan, stage: Stage | No
 
 def query_rows(rows: str, text: str, plan: Plan, stage: Stage | None) -> Tensor:
     """`(B, M)` bool, the query rows of a layer that `Attention.rows` names; guessed tokens never count."""
-    columns, real, visual = frame(plan, stage)
+    columns, real, visual, newline = frame(plan, stage)
     prompt = real.clone()
     if plan.ahead:
         prompt[:, -plan.ahead :] = False
@@ -70,7 +70,7 @@ def query_rows(rows: str, text: str, plan: Plan, stage: Stage | None) -> Tensor:
     if rows == "own":
         chosen = plan.query_rows[text].to(columns.device).gather(1, columns) & prompt
     else:
-        chosen = prompt if rows == "all" else prompt & ~visual
+        chosen = prompt if rows == "all" else prompt & ~visual & ~newline
         if rows == "after":
             chosen = chosen & _after(plan).gather(1, columns)
     return torch.where(chosen.any(1, keepdim=True), chosen, last)
@@ -97,16 +97,37 @@ def choose_query_rows(pruner: Selector, embeds: Tensor, plan: Plan) -> None:
     plan.query_rows[str(pruner)] = rows.to(plan.visual.device)
 
 
-def frame(plan: Plan, stage: Stage | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompt columns `(B, M)`, real and visual flags `(B, M)` of the slots that a stage (or the whole prompt) has."""
+class Frame(NamedTuple):
+    """The slots that a layer holds of the prompt.
+
+    Attributes:
+        columns: `(B, M)` long, their prompt columns.
+        real: `(B, M)` bool, False at padding and filler.
+        visual, newline: `(B, M)` bool, what they hold; both False at text.
+    """
+
+    columns: Tensor
+    real: Tensor
+    visual: Tensor
+    newline: Tensor
+
+    @property
+    def imagery(self) -> Tensor:
+        """`(B, M)` bool, what is visual for edits of attention: newline tokens count."""
+        return self.visual | self.newline
+
+
+def frame(plan: Plan, stage: Stage | None) -> Frame:
+    """The slots of a stage, or of the whole prompt."""
     if stage is None:
         columns = torch.arange(plan.length, device=plan.visual.device).expand_as(plan.visual)
-        return columns, plan.real, plan.visual & plan.real
+        return Frame(columns, plan.real, plan.visual & plan.real, (plan.newline > 0) & plan.real)
     columns = stage.positions
     real = plan.real.gather(1, columns)
     if stage.valid is not None:
         real = real & stage.valid
-    return columns, real, plan.visual.gather(1, columns) & real
+    visual, newline = (flags.gather(1, columns) & real for flags in (plan.visual, plan.newline > 0))
+    return Frame(columns, real, visual, newline)
 
 
 def choose(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder) -> Chosen | None:
@@ -123,7 +144,7 @@ def choose(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder)
         CallError: nothing would be left of a prompt.
     """
     pruner, before = turn.pruner, plan.stage(layer)
-    columns, real, visual = frame(plan, before)
+    columns, real, visual, newline = frame(plan, before)
     order, shown = _front(visual)
     if order.shape[1] == 0:  # an earlier stage left nothing to choose from
         return None
@@ -134,6 +155,8 @@ def choose(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder)
         return None
     text = real & ~visual
     kept = text.scatter(1, order, stays | text.gather(1, order))
+    if pruner.newlines != "all":
+        kept = kept & ~newline | _line_ends(plan, columns, kept & visual, pruner.newlines) & newline
     if bool((real.any(1) & ~kept.any(1)).any()):
         raise CallError(f"{pruner}: a prompt without text would be left empty: add text to it, or keep a visual token")
     slots, valid = compact(kept)
@@ -159,6 +182,16 @@ def _checked(pruner: Selector, keep: Keep, view: View) -> Keep:
     if keep.rows is not None and tuple(keep.rows.shape[:2]) != shape:
         raise SpecError(f"{pruner}: the rows of a Keep must be {shape} and a width, got {tuple(keep.rows.shape)}")
     return keep
+
+
+def _line_ends(plan: Plan, columns: Tensor, kept: Tensor, which: str) -> Tensor:
+    """`(B, M)` bool, true at the newline tokens that stay: those of lines with a `kept` token, or none."""
+    if which == "none":
+        return torch.zeros_like(kept)
+    there = torch.zeros_like(plan.visual).scatter(1, columns, kept)
+    before = torch.nn.functional.pad(there.long().cumsum(1), (1, 0))
+    line = plan.newline.gather(1, columns)
+    return before.gather(1, columns) > before.gather(1, columns - line)
 
 
 def _rewritten(hidden: Tensor, order: Tensor, stays: Tensor, rows: Tensor) -> Tensor:
@@ -194,8 +227,8 @@ def _front(flags: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _after(plan: Plan) -> Tensor:
-    """`(B, N)` bool, columns behind the last visual token."""
-    visual = plan.visual & plan.real
+    """`(B, N)` bool, columns behind the last visual token and its newline."""
+    visual = frame(plan, None).imagery
     return (visual.flip(1).cumsum(1) == 0).flip(1)
 
 
@@ -203,19 +236,19 @@ def _view(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder, 
     pruner, needs = turn.pruner, turn.pruner.needs
     if "content_key" in needs and plan.keys is None:
         raise CallError(f"{pruner} draws by the image's pixels: pass pixel_values, not precomputed features")
-    columns, real, visual = frame(plan, plan.stage(layer))
+    columns, real, visual, newline = frame(plan, plan.stage(layer))
     where = columns.gather(1, order)
     image = torch.where(shown, plan.image.gather(1, where), -1)
     images = max(len(spans) for spans in plan.spans)
     counts = torch.stack([(image == i).sum(1) for i in range(images)], 1)
-    start = torch.zeros_like(counts)
-    for row, spans in enumerate(plan.spans):
-        for span in spans:
-            start[row, span.image] = span.start
+    lengths = [[span.length for span in spans] + [0] * (images - len(spans)) for spans in plan.spans]
+    total = torch.tensor(lengths, device=counts.device)
+    first = (total.cumsum(1) - total).gather(1, image.clamp_min(0))
+    rank = _rank(plan, where)
     scores, layer_keys = _scores(turn, layer, plan, columns), plan.layer_keys.pop(layer, None)
     text = None
     if "text_rows" in needs:
-        written = real & ~visual
+        written = real & ~visual & ~newline
         if plan.ahead:
             written[:, -plan.ahead :] = False
         places, there = _front(written)
@@ -226,14 +259,14 @@ def _view(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder, 
         image=image,
         counts=counts,
         spans=tuple(tuple(spans) for spans in plan.spans),
-        index=torch.where(shown, where - start.gather(1, image.clamp_min(0)), -1),
+        index=torch.where(shown, rank - first, -1),
         stage=turn.stage,
         num_layers=decoder.num_layers,
         hidden=_rows(hidden, order) if "layer_input" in needs else None,
         scores=None if scores is None else _at(scores.to(order.device), order, shown),
         layer_keys=None if layer_keys is None else _keys(layer_keys, order),
         text=text,
-        vision=_looks(pruner, plan, where, shown),
+        vision=_looks(pruner, plan, rank, shown),
         paired=plan.paired,
         project=decoder.project if "projector" in needs else None,
         norms=decoder.norms(layer) if "norms" in needs else {},
@@ -280,15 +313,21 @@ def _keys(keys: Tensor, places: Tensor) -> Tensor:
     return keys.gather(2, places.expand(-1, keys.shape[1], -1, keys.shape[3])).transpose(1, 2)
 
 
-def _looks(pruner: Selector, plan: Plan, where: Tensor, shown: Tensor) -> dict[str, Tensor]:
-    """What the pruner looks at in the tower, for the visual tokens in columns `where` `(B, V)`."""
+def _rank(plan: Plan, where: Tensor) -> Tensor:
+    """`(B, V)` long, the places of the visual tokens in columns `where` among those of their prompt."""
+    return ((plan.visual & plan.real).long().cumsum(1) - 1).clamp_min(0).gather(1, where)
+
+
+def _looks(pruner: Selector, plan: Plan, rank: Tensor, shown: Tensor) -> dict[str, Tensor]:
+    """What the pruner looks at in the tower, for the visual tokens at the places `rank` `(B, V)`."""
     if not pruner.looks:
         return {}
     if not plan.vision:
         raise CallError(f"{pruner} looks into the vision tower: pass pixel_values, not precomputed features")
-    rank = ((plan.visual & plan.real).long().cumsum(1) - 1).clamp_min(0).gather(1, where)
     found = {}
     for name, look in pruner.looks.items():
+        if look.tiled and look not in plan.vision:
+            continue
         values = plan.vision[look]
         index = rank.to(values.device).view(*rank.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
         there = shown.to(values.device).view(*shown.shape, *[1] * (values.ndim - 2))

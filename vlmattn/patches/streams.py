@@ -24,7 +24,7 @@ def double(plan: Plan, arguments: dict[str, Any]) -> Plan:
     """
     embeds: Tensor = arguments["inputs_embeds"]
     batch, length, _ = embeds.shape
-    text = plan.real & ~plan.visual if plan.text is None else plan.text
+    text = plan.real & (plan.image < 0) if plan.text is None else plan.text
     index, valid = compact(text)
     missing = length - index.shape[1]
     real = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
@@ -41,6 +41,7 @@ def double(plan: Plan, arguments: dict[str, Any]) -> Plan:
         real=torch.cat([plan.real, real]),
         visual=torch.cat([plan.visual, torch.zeros_like(real)]),
         image=torch.cat([plan.image, torch.full_like(plan.image, -1)]),
+        newline=torch.cat([plan.newline, torch.zeros_like(plan.newline)]),
         text=None,
         spans=[*plan.spans, *([()] * batch)],
         keys=None if plan.keys is None else (*plan.keys, *([()] * batch)),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
 from vlmattn.methods.base import Look
+from vlmattn.spans import Raster, Span
 
 AT_A_LAYER = ("attention", "joined", "received", "weighted", "keys")
 WHAT = (*AT_A_LAYER, "features", "cls", "states", "entropy")
@@ -69,6 +70,8 @@ class TowerParts:
             token. Where it has one, it is the first row of a segment.
         gray: the feature method's arguments to the gray values `(n, patches, pixels)` in [0, 255] of the tokens of each
             image.
+        arrange: rows of the tower's tokens `(pictures, n, ...)` and the feature method's arguments to those of the
+            visual tokens in the prompt, `(n_i, ...)` an image; None: every picture is an image, its tokens are these.
         blocks: the layers, whose outputs `(images, N, C)` end in the rows of the visual tokens; none where tokens have
             no rows of their own.
         images: the feature method's output and its arguments to the embedding rows `(n_i, C)` of each image.
@@ -84,6 +87,7 @@ class TowerParts:
     gray: Callable[[Mapping[str, Any]], Sequence[Tensor]]
     blocks: Sequence[nn.Module]
     images: Callable[[Any, Mapping[str, Any]], Sequence[Tensor]] = lambda output, arguments: output.pooler_output
+    arrange: Callable[[Tensor, Mapping[str, Any]], list[Tensor]] | None = None
 
     def layer(self, wanted: int | None) -> int:
         """The layer that a look at `wanted` goes to: it, or the next one behind it that sees whole images.
@@ -103,6 +107,7 @@ def looking(
     parts: TowerParts,
     looks: frozenset[Look],
     put: Callable[[dict[Look, list[Tensor]]], None],
+    layout: Callable[[Mapping[str, Any]], Sequence[tuple[Raster, ...]]] | None = None,
 ) -> Callable[..., Any]:
     """`original`, a feature method, with a look inside the tower.
 
@@ -117,6 +122,7 @@ def looking(
             `features` `(n, C)` the rows that `project` maps to embeddings; `cls` `(n, C)` the CLS row of these, the
             same for every token; `states` `(n, C)` what the layer gives; `entropy` `(n,)` bits of the gray values, mean
             over the patches of a token, or what `weigh` makes of them.
+        layout: from the method's arguments the grids of each image, if there are newline tokens among its features.
 
     The attention that a token of several tower rows gets is the sum of theirs, the one it gives and its keys their
     mean.
@@ -166,11 +172,14 @@ def looking(
             if parts.projector is not None:
                 stack.callback(parts.projector.register_forward_pre_hook(keep_features).remove)
             output = original(*args, **kwargs)
-        given = own.bind(*args, **kwargs).arguments
-        found = _collect(parts, layers, attention, seen, output, parts.images(output, given))
+        arguments = own.bind(*args, **kwargs).arguments
+        projected = _projected(parts.images(output, arguments), layout and layout(arguments))
+        found = _collect(parts, layers, attention, seen, projected, output)
         for look in looks:
             if look.what == "entropy":
-                found[look] = _entropies(parts.gray(given), look)
+                found[look] = _entropies(parts.gray(arguments), look)
+            if parts.arrange is not None and (look.what != "features" or parts.projector is not None):
+                found[look] = parts.arrange(torch.stack(found[look]), arguments)
         put(found)
         return output
 
@@ -182,11 +191,12 @@ def _collect(
     layers: Mapping[Look, int],
     attention: Mapping[int, nn.Module],
     seen: Mapping[nn.Module, Mapping[str, Any]],
+    projected: list[Tensor],
     output: Any,
-    projected: Sequence[Tensor],
 ) -> dict[Look, list[Tensor]]:
-    """Every look's tensors, one an image, of which `projected` are the embedding rows."""
+    """Every look's tensors, one a picture that the tower sees; of `projected` `(n_i, C)` one an image."""
     found: dict[Look, list[Tensor]] = {}
+    features = projected if parts.projector is None else list(seen[parts.projector]["features"])
     for layer, module in attention.items():
         mine = [look for look, at in layers.items() if at == layer and look.what in AT_A_LAYER]
         every = parts.cls is None or any(look.what in ("received", "weighted") for look in mine)
@@ -195,13 +205,25 @@ def _collect(
             found[look] = _at_layer(rows, look, parts.cls is not None)
     for look in layers:
         if look.what == "features":
-            found[look] = list(projected) if parts.projector is None else list(seen[parts.projector]["features"])
+            found[look] = features
         elif look.what == "cls" and parts.cls is not None:
-            found[look] = [row.expand(len(image), -1) for row, image in zip(parts.cls(output), projected, strict=True)]
+            found[look] = [row.expand(len(image), -1) for row, image in zip(parts.cls(output), features, strict=True)]
         elif look.what == "states":
             behind = seen[parts.blocks[layers[look]]]["states"]
-            found[look] = [rows[-len(image) :] for rows, image in zip(behind, projected, strict=True)]
+            found[look] = [rows[-len(image) :] for rows, image in zip(behind, features, strict=True)]
     return {look: [tensor.detach() for tensor in images] for look, images in found.items()}
+
+
+def _projected(images: Sequence[Tensor], layout: Sequence[tuple[Raster, ...]] | None) -> list[Tensor]:
+    """Embedding rows of each image, `(n_i, C)`, without newline tokens."""
+    if layout is None:
+        return list(images)
+    lines = [[column for column, _ in Span(0, 0, 0, rasters).lines()] for rasters in layout]
+    kept = [
+        torch.ones(len(image), dtype=torch.bool).index_fill(0, torch.tensor(at, dtype=torch.long), False)
+        for image, at in zip(images, lines, strict=True)
+    ]
+    return [image[there.to(image.device)] for image, there in zip(images, kept, strict=True)]
 
 
 def _entropies(gray: Sequence[Tensor], look: Look) -> list[Tensor]:

@@ -32,18 +32,21 @@ def content_key(tensor: Tensor, start: int = 0) -> int:
     return zlib.crc32(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes(), start)
 
 
+def content_keys(split: Callable[[Mapping[str, Any]], Sequence[Tensor]], arguments: Mapping[str, Any]) -> list[int]:
+    """The content key of every image in a feature method's arguments."""
+    return [content_key(pixels) for pixels in split(arguments)]
+
+
 def tapped(
-    original: Callable[..., Any],
-    split: Callable[[Mapping[str, Any]], Sequence[Tensor]],
-    put: Callable[[list[int]], None],
+    original: Callable[..., Any], look: Callable[[Mapping[str, Any]], Any], put: Callable[[Any], None]
 ) -> Callable[..., Any]:
-    """`original` with a look at its pixels: `put` receives one content key per image before it runs."""
+    """`original` with a look at its arguments: `put` receives what `look` makes of them before it runs."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def features(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
-        put([content_key(pixels) for pixels in split(arguments)])
+        put(look(arguments))
         return original(*args, **kwargs)
 
     return features

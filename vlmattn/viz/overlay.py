@@ -37,13 +37,13 @@ def token_mask(geometry: Geometry, kept: Collection[int], scale: float = 1.0) ->
     """
     width, height = (max(1, round(side * scale)) for side in geometry.size)
     mask = np.full((height, width), UNSEEN, dtype=np.uint8)
-    frames = geometry.grid[0] * geometry.grid[1] * geometry.grid[2]
+    total = geometry.num_tokens
     chosen = set(kept)
-    if chosen and not 0 <= min(chosen) <= max(chosen) < frames:
+    if chosen and not 0 <= min(chosen) <= max(chosen) < total:
         raise ValueError(
-            f"kept tokens {min(chosen)}..{max(chosen)} do not fit the grid {geometry.grid} of {frames} tokens"
+            f"kept tokens {min(chosen)}..{max(chosen)} do not fit the grid {geometry.grid} of {total} tokens"
         )
-    for index in sorted(range(frames), key=lambda token: token in chosen):
+    for index in sorted(range(total), key=lambda token: token in chosen):
         x0, y0, x1, y1 = (round(edge * scale) for edge in geometry.rect(index))
         mask[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = KEPT if index in chosen else DROPPED
     return mask
@@ -90,7 +90,7 @@ def stage_panels(image: Image.Image, geometry: Geometry, pruned: Sequence[Pruned
         pruned: (method, decoder layer before which it acts, indices of the visual tokens it left), in order of layer.
         side: longest side of a picture in pixels.
     """
-    total = math.prod(geometry.grid)
+    total = geometry.num_tokens
     found = [(f"what the model is given\n{total} visual tokens", fit(image, side))]
     for method, before_layer, kept in pruned:
         where = "before the first layer" if before_layer <= 0 else f"before layer {before_layer}"

@@ -10,7 +10,8 @@ rotation. First stage: the best int(V * keep) and every token in a row and a col
 the best int(V1 * keep ** 2) of the V1 survivors; the grid is not protected.
 
 Deviations from the released code: every sample of a batch is ranked by itself; the grid is the image's own, not a
-square, and its stride holds for each frame of a video; at least one token stays (the code's `int` may leave none).
+square, and its stride holds for each frame of a video and for each grid of an image in tiles; at least one token stays
+(the code's `int` may leave none).
 Ablations of the paper: `stride=None` with one layer is FastV without rotary positions, `rotary=True` with rotary ones.
 """
 
@@ -20,7 +21,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vlmattn.edits import Keep
@@ -78,15 +78,9 @@ class Feather(Pruner):
 
     def _grid(self, view: View, stride: int) -> Tensor:
         """`(B, V)` bool, tokens whose row and column in their frame are divisible by the stride."""
-        sizes = torch.ones(*view.counts.shape, 2, dtype=torch.long)
-        for row, spans in enumerate(view.spans):
-            for span in spans:
-                if span.grid is None:
-                    raise CallError(f"{self}: the grid of an image is not known: use stride=None")
-                sizes[row, span.image] = torch.tensor(span.grid[1:])
-        image = view.image.clamp_min(0)
-        height, width = (size.gather(1, image) for size in sizes.to(image.device).unbind(-1))
-        place = view.index % (height * width)
+        if not all(span.rasters for spans in view.spans for span in spans):
+            raise CallError(f"{self}: the grid of an image is not known: use stride=None")
+        _, width, place = view.places()
         return (place // width % stride == 0) & (place % width % stride == 0)
 
     def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:

@@ -3,7 +3,7 @@
 The floor of every comparison: an accuracy that survives without the image was never about the image. With
 `before_layer=0` the decoder never sees a visual token; before a later layer the text keeps what it has read from the
 image until then, which is the floor of a pruner at that layer. The text keeps its positions and the tokens that wrap an
-image, so that nothing but the visual tokens differs.
+image, so that nothing but the visual tokens, and the newline tokens among them, differs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ class NoImage(Selector):
 
     def disabled(self) -> None:
         """Nothing: it has no strength."""
+
+    @property
+    def newlines(self) -> str:
+        """None: they would tell the image's proportions."""
+        return "none"
 
     def select(self, view: View) -> Keep:
         """No token."""

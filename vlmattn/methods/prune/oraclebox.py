@@ -2,7 +2,7 @@
 
 The box is a fraction of what the vision tower sees, `(left, top, right, bottom)`, and is given for a question, by hand
 or by an evaluation that knows the truth: `session.set("oraclebox.box", (0.1, 0.2, 0.4, 0.6))`. A token stays if its
-cell overlaps the box, so that at least one does.
+cell overlaps the box, so that at least one does, in an image of several grids of every grid.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class OracleBox(Selector):
         mask = torch.zeros_like(view.image, dtype=torch.bool)
         for row, spans in enumerate(view.spans):
             for span in spans:
-                if span.grid is None:
+                if not span.rasters:
                     raise CallError(f"{self}: the grid of an image is not known")
                 here = view.image[row] == span.image
-                mask[row, here] = self._inside(span.grid).to(mask.device)[view.index[row, here]]
+                inside = torch.cat([self._inside(grid) for grid in span.grids])
+                mask[row, here] = inside.to(mask.device)[view.index[row, here]]
         return Keep(mask)
 
     def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:

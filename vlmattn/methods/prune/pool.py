@@ -3,14 +3,15 @@
 The grid of each frame is pooled to gh x gw cells with gh = round(sqrt(n * h / w)) and gw = floor(n / gh), or in squares
 of `size` tokens: `average` and `max` over cells that may overlap by a row (as torch's adaptive pooling), `bilinear`
 interpolation between token centres. A pooled token stands at the token in the middle of its cell, rows and columns
-rounded down. Averaging shrinks norms; `rescale` gives each token the pooled norm of those it is made of. Before layer 0
-features are pooled as they come out of the projector; the forms are our own choice. Features that a model adds again
-behind later layers (DeepStack) are pooled alike.
+rounded down. Of an image with several grids each is pooled by itself. Averaging shrinks norms; `rescale` gives each
+token the pooled norm of those it is made of. Before layer 0 features are pooled as they come out of the projector; the
+forms are our own choice. Features that a model adds again behind later layers (DeepStack) are pooled alike.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +45,12 @@ def centres(total: int, cells: int) -> list[int]:
     """The middle of each of `cells` runs that cover `total` places, rounded down; ascending."""
     bounds = [(i * total // cells, -(-(i + 1) * total // cells) - 1) for i in range(cells)]
     return [(first + last) // 2 for first, last in bounds]
+
+
+def _middles(grid: Grid, cells: tuple[int, int]) -> Tensor:
+    """The tokens in the middle of the cells of every frame of a grid, counted through it."""
+    down, across = (torch.tensor(centres(total, count)) for total, count in zip(grid[1:], cells, strict=True))
+    return torch.arange(math.prod(grid)).view(grid)[:, down][:, :, across].flatten()
 
 
 @register("pool", title="Spatial pooling (baseline)")
@@ -91,30 +98,28 @@ class Pool(Pruner):
         """The tokens in the middle of the cells, with the cells' values."""
         assert view.hidden is not None
         mask = torch.zeros_like(view.image, dtype=torch.bool)
-        images: list[tuple[int, Tensor, Grid, Tensor]] = []
+        grids: list[tuple[int, Tensor, Grid, tuple[int, int], Tensor]] = []
         for row, spans in enumerate(view.spans):
             for span in spans:
                 where = (view.image[row] == span.image).nonzero()[:, 0]
                 if len(where) == 0:
                     continue
-                grid = self._whole(len(where), span.grid)
-                sides = zip(grid[1:], self._cells(grid))
-                down, across = (torch.tensor(centres(n, m), device=where.device) for n, m in sides)
-                chosen = where.view(grid)[:, down][:, :, across].flatten()
-                mask[row, chosen] = True
-                images.append((row, where, grid, chosen))
+                for grid, mine in zip(span.grids, where.split(self._whole(len(where), span.grids)), strict=True):
+                    cells = self._cells(grid, len(mine) / len(where))
+                    chosen = mine[_middles(grid, cells).to(mine.device)]
+                    mask[row, chosen] = True
+                    grids.append((row, mine, grid, cells, chosen))
 
         def merge(features: Tensor) -> Tensor:
             rows = features.clone()
-            for row, where, grid, chosen in images:
-                rows[row, chosen] = self._values(features[row, where].view(*grid, -1), grid).to(rows)
+            for row, mine, grid, cells, chosen in grids:
+                rows[row, chosen] = self._values(features[row, mine].view(*grid, -1), cells).to(rows)
             return rows
 
         return Keep(mask, merge(view.hidden), merge)
 
-    def _values(self, x: Tensor, grid: Grid) -> Tensor:
+    def _values(self, x: Tensor, cells: tuple[int, int]) -> Tensor:
         """Rows `(t, h, w, C)` of a grid to those of its cells, `(cells, C)` fp32."""
-        cells = self._cells(grid)
         small = pooled(x, *cells, self.mode)
         if self.rescale:
             norm = pooled(x.float().norm(dim=-1, keepdim=True), *cells, self.mode)
@@ -123,22 +128,28 @@ class Pool(Pruner):
 
     def left(self, visual: int, grid: Grid | None = None, stage: int = 0) -> int:
         """The cells of all frames."""
-        whole = self._whole(visual, squarest(visual) if grid is None else grid)
-        return whole[0] * math.prod(self._cells(whole))
+        whole = squarest(visual) if grid is None else grid
+        self._whole(visual, [whole])
+        return whole[0] * math.prod(self._cells(whole, 1.0))
 
-    def _whole(self, total: int, grid: Grid | None) -> Grid:
-        if grid is None or math.prod(grid) != total:
+    def _whole(self, total: int, grids: Sequence[Grid]) -> list[int]:
+        """Tokens of each grid of an image."""
+        sizes = [math.prod(grid) for grid in grids]
+        if sum(sizes) != total:
+            shown = ", ".join(map(str, grids)) or None
             raise CallError(
-                f"{self}: needs the whole grid of an image, but {total} tokens of grid {grid} are left: put it before "
+                f"{self}: needs the whole grid of an image, but {total} tokens of grid {shown} are left: put it before "
                 "the other pruners"
             )
-        return grid
+        return sizes
 
-    def _cells(self, grid: Grid) -> tuple[int, int]:
-        """Rows and columns of cells in a frame."""
+    def _cells(self, grid: Grid, share: float) -> tuple[int, int]:
+        """Rows and columns of cells in a frame of a grid with that share of an image's tokens."""
         frames, height, width = grid
         if self.size is not None:
             return max(height // self.size, 1), max(width // self.size, 1)
-        wanted = max(budget.count(math.prod(grid), self.keep) // frames, 1)
+        total = math.prod(grid)
+        keep = self.keep if isinstance(self.keep, float) or share == 1 else max(int(self.keep * share), 1)
+        wanted = max(budget.count(total, keep) // frames, 1)
         rows = min(max(round(math.sqrt(wanted * height / width)), 1), height, wanted)
         return rows, min(wanted // rows, width)

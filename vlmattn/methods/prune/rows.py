@@ -2,15 +2,14 @@
 
 What a method that ranks by attention under rotary positions keeps looks much like the bottom rows (FEATHER, arXiv
 2412.13180); a benchmark on which such rows do as well as a method does not ask about the whole image. The tokens are
-counted in raster order from the first or the last, so that the last row may be kept in part; in a video in every frame.
+counted in raster order from the first or the last, so that the last row may be kept in part; in a video in every frame,
+in an image of several grids in every grid.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vlmattn.methods.base import Pruner, View, param, register
@@ -30,10 +29,6 @@ class Rows(Pruner):
 
     def score(self, view: View) -> Tensor:
         """`(B, V)` the place in the frame, from the top or from the bottom."""
-        areas = torch.ones(view.counts.shape, dtype=torch.long)
-        for row, spans in enumerate(view.spans):
-            for span in spans:
-                areas[row, span.image] = span.length if span.grid is None else math.prod(span.grid[1:])
-        area = areas.to(view.image.device).gather(1, view.image.clamp_min(0))
-        place = (view.index % area).float() / area
-        return -place if self.side == "top" else place
+        height, width, place = view.places()
+        share = place.float() / (height * width)
+        return -share if self.side == "top" else share

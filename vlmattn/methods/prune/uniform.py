@@ -3,13 +3,15 @@ form.
 
 `mode="1d"`: of the V tokens of an image in raster order keep those at floor((i + 0.5) * V / n), i = 0..n-1.
 `mode="2d"`: rows floor((i + 0.5) * h / gh) and columns alike with gh = round(sqrt(n * h / w)), gw = floor(n / gh);
-this keeps gh * gw <= n tokens, and `exact_budget` fills up with the 1-D picks among the unused. Both forms are our
-own choice.
+this keeps gh * gw <= n tokens, and `exact_budget` fills up with the 1-D picks among the unused; of an image with
+several grids each gets its share of n. Both forms are our own choice.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,7 @@ from vlmattn import budget
 from vlmattn.edits import Keep
 from vlmattn.errors import CallError, SpecError
 from vlmattn.methods.base import Pruner, View, param, register
-from vlmattn.spans import squarest
+from vlmattn.spans import in_proportion, squarest
 
 
 def picks(total: int, n: int) -> list[int]:
@@ -59,28 +61,32 @@ class Uniform(Pruner):
                 total = present[row][span.image]
                 if total == 0:
                     continue
-                chosen = self._choose(total, span.grid)
+                chosen = self._choose(total, span.grids)
                 where = (image[row] == span.image).nonzero()[:, 0]
                 mask[row, where[torch.tensor(chosen)]] = True
         return Keep(mask.to(view.image.device))
 
     def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
         """The budget; on a sub-grid what fits into it."""
-        return len(self._choose(visual, squarest(visual) if grid is None else grid))
+        return len(self._choose(visual, (squarest(visual) if grid is None else grid,)))
 
-    def _choose(self, total: int, grid: tuple[int, int, int] | None) -> list[int]:
+    def _choose(self, total: int, grids: Sequence[tuple[int, int, int]]) -> list[int]:
         wanted = budget.count(total, self.keep)
         if self.mode == "1d":
             return picks(total, wanted)
-        if grid is None or math.prod(grid) != total:
+        sizes = [math.prod(grid) for grid in grids]
+        if sum(sizes) != total:
+            shown = ", ".join(map(str, grids)) or None
             raise CallError(
-                f"{self}: needs the whole grid of an image, but {total} tokens of grid {grid} are left: use mode='1d', "
-                "or put it before the other pruners"
+                f"{self}: needs the whole grid of an image, but {total} tokens of grid {shown} are left: use "
+                "mode='1d', or put it before the other pruners"
             )
-        frames, height, width = grid
-        per_frame = max(wanted // frames, 1)
-        area = height * width
-        chosen = {f * area + i for f in range(frames) for i in picks_2d(height, width, min(per_frame, area))}
+        chosen: set[int] = set()
+        starts = itertools.accumulate(sizes, initial=0)
+        for start, part, (frames, height, width) in zip(starts, in_proportion(wanted, sizes), grids, strict=False):
+            per_frame, area = max(part // frames, 1), height * width
+            inside = picks_2d(height, width, min(per_frame, area))
+            chosen |= {start + frame * area + i for frame in range(frames) for i in inside}
         if self.exact_budget and len(chosen) < wanted:
             unused = [i for i in range(total) if i not in chosen]
             chosen |= {unused[i] for i in picks(len(unused), wanted - len(chosen))}

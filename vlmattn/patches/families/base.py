@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmattn.errors import UnsupportedModelError
 from vlmattn.patches.tower import TowerParts
-from vlmattn.spans import Geometry
+from vlmattn.spans import Geometry, Raster
 
 FAMILIES: dict[str, Family] = {}
 
@@ -42,6 +42,8 @@ class Family:
         final_norm, rotary: attribute paths from the text model to the norm behind its layers and its rotary tables.
         wrapper_ids: config attributes with the ids of tokens that only wrap an image.
         placeholder_ids: config attributes that hold the ids of visual placeholder tokens.
+        layouts: by feature method from the config and its arguments the grids of each image or video, for families
+            whose images have several, or newline tokens among the visual ones; empty: an image is one grid.
         feature_methods: methods of the multimodal model that run the vision tower, to the split of their arguments into
             one pixel tensor per image.
         has_cls: whether the vision tower has a CLS token.
@@ -52,8 +54,9 @@ class Family:
         tokens_per_image: from the config, the number of visual tokens where it is the same for all images, else None.
         grid: `(config, number of tokens, (3, tokens) M-RoPE positions or None)` of one image to its `(t, h, w)`, if
             known.
-        geometry: `(image_processor, (width, height), grid)` to a `Geometry`.
-        input_grids: `(config, processor outputs)` to the grids of all images of a batch.
+        geometry: `(image_processor, (width, height), grid)` to a `Geometry`, `grid` being what `input_grids` gives.
+        input_grids: `(config, processor outputs)` to the grids of all images of a batch, or where images have several
+            to their rasters.
         tower_parts: `(config, vision tower, projector)` to where looks inside the tower find things; None: nobody can
             look there.
     """
@@ -68,9 +71,12 @@ class Family:
     placeholder_ids: tuple[str, ...]
     tokens_per_image: Callable[[Any], int | None]
     grid: Callable[[Any, int, Tensor | None], tuple[int, int, int] | None]
-    geometry: Callable[[Any, tuple[int, int], tuple[int, int, int]], Geometry]
-    input_grids: Callable[[Any, Mapping[str, Any]], Sequence[tuple[int, int, int]]]
+    geometry: Callable[[Any, tuple[int, int], Any], Geometry]
+    input_grids: Callable[[Any, Mapping[str, Any]], Sequence[Any]]
     feature_methods: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Tensor]]]
+    layouts: Mapping[str, Callable[[Any, Mapping[str, Any]], Sequence[tuple[Raster, ...]]]] = field(
+        default_factory=dict
+    )
     multimodal: str = "model"
     text_model: str = "model.language_model"
     layers: str = "layers"

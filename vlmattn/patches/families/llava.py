@@ -76,7 +76,7 @@ def _heads(x: Tensor, attention: Any) -> Tensor:
     return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
 
-def _tower_rows(
+def tower_rows(
     attention: Any, arguments: Mapping[str, Any], tower: Mapping[str, Any], every: bool, with_cls: bool
 ) -> Rows:
     """Every image is a segment, its first row CLS; `with_cls`: CLS is a visual token like the others."""
@@ -97,14 +97,15 @@ def _tower_rows(
     )
 
 
-def _gray(arguments: Mapping[str, Any], patch: int, with_cls: bool) -> Sequence[Tensor]:
+def gray_patches(arguments: Mapping[str, Any], patch: int, with_cls: bool) -> Sequence[Tensor]:
     """Of every patch of an image in raster order; a CLS token has one value, that of black."""
     values = gray_values(arguments["pixel_values"], channels=1)
     patches = values.unfold(1, patch, patch).unfold(2, patch, patch).flatten(1, 2).flatten(2)[:, :, None]
     return list(torch.nn.functional.pad(patches, (0, 0, 0, 0, int(with_cls), 0)))
 
 
-def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
+def tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
+    """Of a tower of plain layers, whose pictures all have the same size."""
     attentions = [layer.self_attn for layer in tower.encoder.layers]
     chosen = config.vision_feature_layer
     with_cls = config.vision_feature_select_strategy == "full"
@@ -114,10 +115,10 @@ def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
         attentions=attentions,
         whole=range(len(attentions)),
         feature_layer=max(max(state % (len(attentions) + 1) for state in states) - 1, 0),
-        rows=functools.partial(_tower_rows, with_cls=with_cls),
+        rows=functools.partial(tower_rows, with_cls=with_cls),
         projector=projector,
         cls=lambda output: torch.cat([output.hidden_states[state][:, :1] for state in states], -1),
-        gray=functools.partial(_gray, patch=config.vision_config.patch_size, with_cls=with_cls),
+        gray=functools.partial(gray_patches, patch=config.vision_config.patch_size, with_cls=with_cls),
         blocks=list(tower.encoder.layers),
     )
 
@@ -137,6 +138,6 @@ register(
         geometry=_geometry,
         input_grids=_input_grids,
         feature_methods={"get_image_features": lambda arguments: list(arguments["pixel_values"])},
-        tower_parts=_tower_parts,
+        tower_parts=tower_parts,
     )
 )
