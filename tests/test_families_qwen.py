@@ -19,7 +19,7 @@ from vlmattn.methods.views import Look, View
 from vlmattn.patches import deepstack, tower
 from vlmattn.patches.decoder import Decoder
 from vlmattn.patches.families import find
-from vlmattn.spans import Span
+from vlmattn.spans import Raster, Span
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -84,10 +84,10 @@ def test_spans_and_grids(model_type):
         spans = session._engine.last.spans[0]
         kept = [len(image) for image in session.report().stages[0].kept[0]]
     if model_type == "qwen2_vl":
-        assert spans == (Span(2, 32, 0, (2, 4, 4)), Span(38, 24, 1, (1, 4, 6))) and kept == [4, 4]
+        assert spans == (Span(2, 32, 0, (Raster((2, 4, 4)),)), Span(38, 24, 1, (Raster((1, 4, 6)),))) and kept == [4, 4]
     else:
-        frames = (Span(3, 16, 0, (1, 4, 4)), Span(22, 16, 1, (1, 4, 4)))
-        assert spans == (*frames, Span(42, 24, 2, (1, 4, 6))) and kept == [4, 4, 4]
+        frames = (Span(3, 16, 0, (Raster((1, 4, 4)),)), Span(22, 16, 1, (Raster((1, 4, 4)),)))
+        assert spans == (*frames, Span(42, 24, 2, (Raster((1, 4, 6)),))) and kept == [4, 4, 4]
     grids = find(model).input_grids(model.config, batch)
     assert list(grids) == [(1, 4, 6)]
 
