@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +34,8 @@ SHARES = tuple(step / 10 for step in range(11))
 MARGINS = {"false yes, adversarial minus random": 0.02, "caption CHAIR_s": 0.03, "existence no, random": 0.0}
 """By how much each floor that the share decides must be exceeded: the first two are about hallucinating enough, with
 at least two standard errors at 1,000 questions, the last is about not hallucinating at random."""
+GROWING = ("false yes, adversarial minus random", "caption CHAIR_s")
+"""Those of them that grow with the share."""
 HABIT_TASKS = (("exist-random", "exist-adversarial"), (CAPTION,))
 """What the floors in MARGINS need; captions take longest and are left out where existence decides already."""
 
@@ -56,30 +58,43 @@ def _version(run: Path) -> Version:
     return version
 
 
-def slack(floors: Iterable[dict[str, Any]], margins: float = 1.0) -> float:
-    """The smallest excess over the floors that the share decides and ``margins`` times their margins."""
-    decided = (floor for floor in floors if floor["name"] in MARGINS)
+def slack(floors: Iterable[dict[str, Any]], margins: float = 1.0, names: Collection[str] = MARGINS.keys()) -> float:
+    """The smallest excess over the floors of these names and ``margins`` times their margins."""
+    decided = (floor for floor in floors if floor["name"] in names)
     return round(min(floor["value"] - floor["floor"] - margins * MARGINS[floor["name"]] for floor in decided), 4)
+
+
+def _try(run: Path, share: float, questions: int, seed: int) -> dict[str, Any]:
+    """What is measured for a share, and whether the model hallucinates enough with it."""
+    floors: list[dict[str, Any]] = []
+    for tasks in HABIT_TASKS:
+        floors += measured(run, share, questions, seed, tasks)["floors"]
+        enough = slack(floors, names=GROWING) >= 0
+        if not enough:
+            break
+    distances = {"slack": slack(floors), "slack without margins": slack(floors, margins=0)}
+    line = {"share": share, "enough": enough} | distances | {floor["name"]: floor["value"] for floor in floors}
+    print(f"{run}: " + ", ".join(f"{name} {value}" for name, value in line.items()), flush=True)
+    return line
 
 
 def habit_share(run: Path, questions: int, seed: int) -> tuple[float, list[dict[str, Any]]]:
     """The share of the last stage to ship a run with, and what was measured for each share that was looked at.
 
-    Shares are tried in ascending order until one is good; if none is, it is the one that falls the least short of the
-    floors themselves, and of those that meet them the one that comes closest to the margins.
+    The smallest share that hallucinates enough is found by bisection, for the habit grows with the share. If it costs
+    the floors at random, or no share is enough, it is the one that was tried and falls the least short of the floors
+    themselves, and of those that meet them the one that comes closest to the margins.
     """
     tried: list[dict[str, Any]] = []
-    for share in SHARES:
-        floors: list[dict[str, Any]] = []
-        for tasks in HABIT_TASKS:
-            floors += measured(run, share, questions, seed, tasks)["floors"]
-            if slack(floors, margins=0) < 0:
-                break
-        distances = {"slack": slack(floors), "slack without margins": slack(floors, margins=0)}
-        tried.append({"share": share} | distances | {floor["name"]: floor["value"] for floor in floors})
-        print(f"{run}: " + ", ".join(f"{name} {value}" for name, value in tried[-1].items()), flush=True)
-        if slack(floors) >= 0:
-            return share, tried
+    first, last = 0, len(SHARES)
+    while first < last:
+        middle = (first + last) // 2
+        tried.append(_try(run, SHARES[middle], questions, seed))
+        first, last = (first, middle) if tried[-1]["enough"] else (middle + 1, last)
+    tried.sort(key=lambda line: line["share"])
+    good = [line for line in tried if line["enough"] and line["slack"] >= 0]
+    if good:
+        return good[0]["share"], tried
     return max(tried, key=lambda line: (min(0, line["slack without margins"]), line["slack"]))["share"], tried
 
 
@@ -101,7 +116,7 @@ def choose(run: Path, questions: int, seed: int) -> dict[str, Any]:
     shortfall, accuracy = rating(result)
     found = {
         "habit_share": share,
-        "good_share": tried[-1]["slack"] >= 0,
+        "good_share": any(line["share"] == share and line["enough"] and line["slack"] >= 0 for line in tried),
         "split": SPLIT,
         "questions": questions,
         "seed": seed,
