@@ -50,13 +50,18 @@ RULES = (
     Rule("presets", ("errors",), ()),
     Rule(
         "patches",
-        (*WORDS, "plan", "cost", "kernels", "presets", "methods.base", "methods.views"),
+        (*WORDS, "plan", "cost", "kernels", "presets", "methods.base", "methods.cache", "methods.views"),
         ("torch", "transformers"),
     ),
     Rule("spec", (*WORDS, "methods"), ()),
     Rule("session", (*WORDS, "plan", "cost", "report", "spec", "methods", "patches", "kernels"), ("torch", "PIL")),
     Rule("discover", (*WORDS, "presets", "methods", "patches", "scenes"), None),
-    Rule("proof", (*WORDS, "session", "methods.base", "patches.families"), ("torch", "transformers")),
+    Rule("oracle", (), ("torch", "transformers")),
+    Rule(
+        "proof",
+        (*WORDS, "session", "oracle", "methods.base", "methods.cache", "patches.families"),
+        ("torch", "transformers"),
+    ),
     Rule("check", (*WORDS, "spec", "proof", "patches.families"), ("torch", "transformers", "PIL")),
     Rule(
         "bench",

@@ -82,6 +82,23 @@ def test_everything_is_proved(model, inputs, family, spec, absent):
     assert json.loads(json.dumps(result.to_dict()))["support_row"] == row
 
 
+@pytest.mark.parametrize(
+    ("spec", "absent"),
+    [
+        ("avl(keep=0.4)", {"removal = masking", "oracle generation", "backends"}),
+        ("evict3r(keep=0.4, floor=1)", {"removal = masking", "oracle generation", "backends"}),
+        ("fastv(keep=0.6, before_layer=2) + avl(keep=0.4) + " + VAR_TINY, {"oracle generation"}),
+        ("avl(core=0.2, refresh=2)", {"removal = masking", "oracle generation", "eviction = masking", "backends"}),
+        ("avl(keep=1.0)", {"removal = masking", "eviction = masking", "backends"}),
+    ],
+)
+def test_eviction_is_proved(model, inputs, spec, absent):
+    result = check_inputs(model, inputs, spec)
+    claims = [*CLAIMS[:3], "eviction = masking", *CLAIMS[3:]]
+    assert verdicts(result) == {name: "n/a" if name in absent else "pass" for name in claims}
+    assert result.passed and "eviction = masking" in result.support_row()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_says_that_its_bounds_are_looser(model, inputs, dtype):
     model, inputs = model.to(dtype), inputs | {"pixel_values": inputs["pixel_values"].to(dtype)}

@@ -171,7 +171,12 @@ def test_a_method_that_does_nothing_says_so() -> None:
     assert summary.row(same, base, role="control").note == summary.row(same).note == ""
     assert summary.row(run(7, "var"), base).note == ""
     half = {**COST, "visual_per_layer": [n // 2 for n in COST["visual_per_layer"]]}
-    for more in ({"text": "y"}, {"cost": half}, {"cost": {**COST, "prefill_macs": 1}}):
+    for more in (
+        {"text": "y"},
+        {"cost": half},
+        {"cost": {**COST, "prefill_macs": 1}},
+        {"cost": {**COST, "kv_bytes": 1}},
+    ):
         assert summary.row(changed(same, **more), base).note == ""
     assert f"var: {IDLE}." in tabular.notes([summary.row(base, role="baseline"), summary.row(same, base)])
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +45,24 @@ class Keep:
         return cls(torch.zeros_like(stays).scatter(1, order, stays))
 
 
+@dataclass(frozen=True)
+class Eviction:
+    """What happens to the keys and values that one layer holds.
+
+    Attributes:
+        keep: `(B, S)` bool over the slots of a `CacheView`; False leaves the cache for good. None: everything stays.
+            Entries of slots that hold no token are ignored.
+        hide: `(B, S)` bool, those that stay but are not computed in the passes in which `Evictor.hides` says so, until
+            the next decision; None: none.
+        state: what the next decision about this layer gets back, tensors `(B, ..., S)` by the method's own names; they
+            are cut like the keys, and 0 for tokens that come later.
+    """
+
+    keep: Tensor | None = None
+    hide: Tensor | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 TEXT, TEXT_SINK, VISUAL, VISUAL_SINK = range(4)
 GROUPS = ("text", "text sink", "visual", "visual sink")
 NOT_A_KEY = 255
@@ -68,6 +86,10 @@ class Tags:
     def without_last(self, n: int) -> Tags:
         """The groups without the last `n` keys."""
         return Tags(self.tag[:, :-n], self.active, self.acts)
+
+    def longer(self, n: int) -> Tags:
+        """The groups with `n` more keys, of text."""
+        return Tags(torch.nn.functional.pad(self.tag, (0, n), value=TEXT), self.active, self.acts)
 
     def at(self, slots: Tensor, valid: Tensor | None) -> Tags:
         """The groups of the keys in `slots` `(B, M)` long; those that are not `valid` are no keys."""

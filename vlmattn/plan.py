@@ -3,13 +3,13 @@ layers.
 
 A plan lives on the cache object, so two generations, a second turn or a text-only branch never see each other's plan.
 Frames: the *prompt frame* counts the columns of the padded prompt; the *base frame* those that the text model's own
-mask and rotary tables cover, which is shorter when pruning happened at the entry of the text model.
+mask and rotary tables cover in the prefill, which is shorter when pruning happened at the entry of the text model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,9 +50,25 @@ class Stage:
         """Slots per row."""
         return self.positions.shape[1]
 
+    @property
+    def present(self) -> Tensor:
+        """`(B, M)` bool, False at filler slots."""
+        return torch.ones_like(self.positions, dtype=torch.bool) if self.valid is None else self.valid
+
     def without_last(self, n: int) -> Stage:
         """The stage without its last `n` slots."""
         return self._each(lambda x: x[:, :-n], lambda x: x)
+
+    def longer(self, start: int, n: int) -> Stage:
+        """What a layer holds if the `n` columns from `start` on come as further slots."""
+        more = torch.arange(start, start + n, device=self.positions.device).expand(len(self.positions), -1)
+        return dataclasses.replace(
+            self,
+            positions=torch.cat([self.positions, more], 1),
+            base=torch.cat([self.base, more], 1),
+            valid=None if self.valid is None else torch.nn.functional.pad(self.valid, (0, n), value=True),
+            rotary=None,
+        )
 
     def rows(self, index: Tensor) -> Stage:
         """The stage of some rows of the batch."""
@@ -93,6 +109,9 @@ class Plan:
         text: `(B, N)` bool, what a prompt without its images consists of: real tokens that are neither visual nor
             wrap an image.
         keys: per sample and image the content keys, if a method needs them.
+        prompt: columns of the padded prompt; `length` is more where tokens after it were taken up, see `extended`.
+        core: per layer the slots, among those it holds, that are computed in passes in which others are hidden.
+        state: per layer what the method that evicts from it carries along, tensors `(B, ..., slots)`.
         tags: per edited layer the groups of the keys it holds of the prompt.
         gains: per reinforced layer the factors of its heads, `(B, H)`; divergences: the statistic they were chosen by.
         samples: rows of the caller; the plan has twice as many while a text-only stream runs beside.
@@ -128,10 +147,13 @@ class Plan:
     divergences: dict[int, Tensor] = field(default_factory=dict)
     samples: int = 0
     steps: list[dict[int, Tensor]] = field(default_factory=list)
+    prompt: int = 0
+    core: dict[int, Stage] = field(default_factory=dict)
+    state: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
-        """Columns of the padded prompt."""
+        """Columns of the padded prompt, and of what was taken up since."""
         return self.visual.shape[1]
 
     @property
@@ -164,6 +186,27 @@ class Plan:
             self.stages = [stage.without_last(-end) for stage in self.stages]
             self.held = None if self.held is None else [stage.without_last(-end) for stage in self.held]
             self.tags = {layer: tags.without_last(-end) for layer, tags in self.tags.items()}
+        self.prompt = self.length
+
+    def extended(self, n: int) -> Plan:
+        """The plan that takes up the `n` columns after it, as text: from now on it says which of them layers hold."""
+
+        def pad(x: Tensor, value: int) -> Tensor:
+            return torch.nn.functional.pad(x, (0, n), value=value)
+
+        stages = self.stages if self.held is None else self.held
+        return dataclasses.replace(
+            self,
+            real=pad(self.real, True),
+            visual=pad(self.visual, False),
+            image=pad(self.image, -1),
+            newline=pad(self.newline, 0),
+            text=None if self.text is None else pad(self.text, True),
+            held=[stage.longer(self.length, n) for stage in stages],
+            tags={layer: tags.longer(n) for layer, tags in self.tags.items()},
+            core={},
+            state={layer: {name: pad(x, 0) for name, x in state.items()} for layer, state in self.state.items()},
+        )
 
     def rows(self, index: Tensor) -> Plan:
         """The plan of rows `index` `(n,)` long, in that order; self if the order is the old one."""
@@ -185,6 +228,8 @@ class Plan:
             tags={layer: tags.rows(index) for layer, tags in self.tags.items()},
             gains={layer: gain[_on(index, gain)] for layer, gain in self.gains.items()},
             divergences={layer: vhd[_on(index, vhd)] for layer, vhd in self.divergences.items()},
+            core={layer: stage.rows(index) for layer, stage in self.core.items()},
+            state={layer: {k: x[_on(index, x)] for k, x in state.items()} for layer, state in self.state.items()},
             keys=None if self.keys is None else tuple(self.keys[row] for row in order),
         )
 
@@ -195,6 +240,11 @@ class Plan:
     def holding(self, layer: int) -> Stage | None:
         """The stage of what the cache of decoder layer `layer` holds, or None if it holds the whole prompt."""
         return _ruling(self.stages if self.held is None else self.held, layer)
+
+    def whole(self, layer: int) -> Stage:
+        """A stage from `layer` on that holds every column."""
+        columns = torch.arange(self.length, device=self.visual.device).expand_as(self.visual)
+        return Stage(layer, "", columns, columns, None)
 
 
 def _ruling(stages: Sequence[Stage], layer: int) -> Stage | None:
@@ -249,7 +299,7 @@ def prefill_mask(mask: Tensor | None, stage: Stage) -> Tensor | None:
     if mask is None and stage.valid is None:
         return None
     if mask is not None and mask.ndim == 2:
-        return _valid_columns(mask, stage)
+        return _valid_columns(mask, stage, stage.base)
     size, device = stage.size, stage.base.device
     if mask is None:
         square = torch.ones(size, size, dtype=torch.bool, device=device).tril()[None, None]
@@ -264,13 +314,13 @@ def prefill_mask(mask: Tensor | None, stage: Stage) -> Tensor | None:
     return _restrict(square, stage.valid[:, None, None, :], alone)
 
 
-def decode_mask(mask: Tensor | None, stage: Stage, base_length: int, new: int, batch: int) -> Tensor | None:
-    """The attention mask of a pruned layer for tokens after the prompt.
+def decode_mask(mask: Tensor | None, stage: Stage, length: int, new: int, batch: int) -> Tensor | None:
+    """The attention mask of a short layer for tokens after the prompt.
 
     Args:
-        mask: the text model's mask in the base frame, keys `base_length + new` (or more); None, 2-D or 4-D as above.
-        stage: the ruling stage.
-        base_length: prompt columns in the base frame.
+        mask: the text model's mask in the prompt frame, keys `length + new` (or more); None, 2-D or 4-D as above.
+        stage: what the layer holds of the prompt.
+        length: columns of the prompt frame.
         new: keys after the prompt, including the current tokens.
         batch: rows of the current call.
     """
@@ -280,17 +330,26 @@ def decode_mask(mask: Tensor | None, stage: Stage, base_length: int, new: int, b
         head = stage.valid
         return torch.cat([head, head.new_ones(batch, new)], 1)[:, None, None, :]
     if mask.ndim == 2:
-        return torch.cat([_valid_columns(mask, stage), mask[:, base_length:]], 1)
+        return torch.cat([_valid_columns(mask, stage, stage.positions), mask[:, length:]], 1)
     mask = mask.expand(batch, *mask.shape[1:])
-    index = stage.base[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
-    head = mask[..., :base_length].gather(3, index)
+    index = stage.positions[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    head = mask[..., :length].gather(3, index)
     if stage.valid is not None:
         head = _restrict(head, stage.valid[:, None, None, :], None)
-    return torch.cat([head, mask[..., base_length:]], -1)
+    return torch.cat([head, mask[..., length:]], -1)
 
 
-def _valid_columns(mask: Tensor, stage: Stage) -> Tensor:
-    columns = mask.gather(1, stage.base)
+def limit(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """A mask of tokens after the prompt (None, 2-D or 4-D as above) restricted to keys `seen` `(B, S)` bool."""
+    if mask is None:
+        return seen[:, None, None, :]
+    if mask.ndim == 2:
+        return mask * seen.to(mask.dtype)
+    return _restrict(mask.expand(len(seen), *mask.shape[1:]), seen[:, None, None, :], None)
+
+
+def _valid_columns(mask: Tensor, stage: Stage, index: Tensor) -> Tensor:
+    columns = mask.gather(1, index)
     return columns if stage.valid is None else columns * stage.valid.to(columns.dtype)
 
 

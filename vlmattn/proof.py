@@ -6,18 +6,18 @@ Each is measured on one model and one prompt, against something that shares as l
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from vlmattn.errors import BudgetError, CallError, VlmattnError
 from vlmattn.methods.base import Editor, Method, Pruner, Selector
+from vlmattn.methods.cache import Evictor
+from vlmattn.oracle import Gap, compare, footprint, longer, masked
 from vlmattn.patches import families
 from vlmattn.session import Session, wrap
 
@@ -55,35 +55,6 @@ class CheckRow:
     def verdict(self) -> str:
         """`pass`, `FAIL`, `refused` or `n/a`."""
         return "refused" if self.refused else "n/a" if self.passed is None else "pass" if self.passed else "FAIL"
-
-
-@dataclass(frozen=True)
-class Gap:
-    """How far two sets of logits are apart.
-
-    Attributes:
-        largest: largest difference over the largest logit.
-        rms: root mean square of the difference over that of the logits.
-        agreement: share of positions with the same best token.
-    """
-
-    largest: float
-    rms: float
-    agreement: float
-
-
-def compare(one: Tensor, other: Tensor) -> Gap:
-    """The gap between logits `(n, vocabulary)`; NaN anywhere makes it infinite."""
-    largest, scale, same = 0.0, torch.finfo(torch.float32).tiny, 0
-    squares = torch.zeros(2, dtype=torch.float64)
-    for a, b in zip(one.split(64), other.split(64), strict=True):
-        a, b = a.float(), b.float()
-        largest = max(largest, float((a - b).abs().max().nan_to_num(torch.inf)))
-        scale = max(scale, float(b.abs().max()))
-        squares += torch.stack([(a - b).square().sum(), b.square().sum()]).cpu().double()
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
-    rms = float((squares[0] / squares[1].clamp_min(1e-300)).sqrt().nan_to_num(torch.inf))
-    return Gap(largest / scale, rms, same / max(one.shape[0], 1))
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -126,6 +97,8 @@ class Proof:
             ("backends", self.backends),
             ("undo", self.undo),
         ]
+        if any(isinstance(method, Evictor) for method in self.methods):
+            claims.insert(3, ("eviction = masking", self.eviction))
         rows = []
         for name, claim in claims:
             try:
@@ -215,11 +188,13 @@ class Proof:
         """Cached generation equals one pass over prompt and answer without a cache."""
         if any(isinstance(method, Selector) and method.shrink_early_layers for method in self.methods):
             return _row(None, None, None, "the answer sees less than the prompt did, so one pass cannot show it")
+        if any(isinstance(method, Evictor) and not method.is_noop for method in self.methods):
+            return _row(None, None, None, "the answer sees less than the prompt did: see eviction = masking")
         with wrap(self.model, self.methods) as session:
             ids, logits = self.generate()
             decided = _decisions(session)
             with session.prompt(self.inputs["input_ids"].shape[1]):
-                again = self.model(**_longer(self.inputs, ids), use_cache=False).logits[0]
+                again = self.model(**longer(self.inputs, ids), use_cache=False).logits[0]
             same = decided == _decisions(session)
         steps = logits.shape[0]
         said = f"{steps} greedy tokens from the cache against one pass without it"
@@ -233,6 +208,36 @@ class Proof:
             if same
             else dataclasses.replace(row, passed=False, explanation=f"{said}; they chose other tokens or heads")
         )
+
+    def eviction(self) -> CheckRow:
+        """Answers from a cache that was cut equal one pass whose answer rows do not see what went."""
+        evictors = [method for method in self.methods if isinstance(method, Evictor) and not method.is_noop]
+        if not evictors:
+            return _row(None, None, None, "no method evicts from the cache")
+        moving = [str(method) for method in evictors if not method.static]
+        if moving:
+            return _row(
+                None, None, None, f"{', '.join(moving)} decides anew while decoding, which one pass cannot show"
+            )
+        pruners = [method for method in self.methods if isinstance(method, Selector) and not method.is_noop]
+        if any(pruner.merges or pruner.positions == "compact" for pruner in pruners):
+            return _row(None, None, None, "tokens are merged or renumbered, which no mask can do")
+        if self.attention not in ("sdpa", "eager"):
+            return _row(None, None, None, f"{self.attention} takes no mask of this kind: load the model with sdpa")
+        with wrap(self.model, [*pruners, *evictors]) as session:
+            ids, logits = self.generate()
+            report = session.report()
+        prompt, steps = self.inputs["input_ids"].shape[1], logits.shape[0]
+        dropped = {stage.before_layer: self._dropped(stage.positions[0]) for stage in report.stages}
+        gone = {cache.layer: self._dropped(cache.positions[0]) for cache in report.caches}
+        if not gone:
+            return _row(None, None, None, "every key stayed: nothing was evicted")
+        with masked(self.layers, dropped, self.attention == "eager", gone, prompt):
+            again = self.model(**longer(self.inputs, ids), use_cache=False).logits[0]
+        counts = ", ".join(f"{len(columns)} from layer {layer}" for layer, columns in gone.items())
+        extra = "; without the other methods" if len(pruners) + len(evictors) < len(self.methods) else ""
+        said = f"{steps} greedy tokens from the cut cache against one pass; evicted: {counts}{extra}"
+        return self._judge(compare(logits, again[-steps - 1 : -1]), said)
 
     def backends(self) -> CheckRow:
         """The fast attention backend equals the naive one where edits are installed."""
@@ -299,69 +304,3 @@ def _decisions(session: Session) -> tuple[list[list[list[list[int]]]], list[Any]
     with suppress(CallError, KeyError):  # no method scales heads
         gains = session.stats()["gain"].values.nan_to_num().tolist()
     return [stage.kept for stage in session.report().stages], gains
-
-
-def _longer(inputs: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
-    """Inputs whose per-token tensors cover `ids` `(1, n + new)` as well; what is new is text."""
-    length = inputs["input_ids"].shape[1]
-    longer = dict(inputs) | {"input_ids": ids}
-    for name, value in inputs.items():
-        if name != "input_ids" and isinstance(value, Tensor) and value.shape == (1, length):
-            fill = value.new_full((1, ids.shape[1] - length), int(name == "attention_mask"))
-            longer[name] = torch.cat([value, fill], 1)
-    return longer
-
-
-@contextmanager
-def masked(layers: Sequence[nn.Module], dropped: Mapping[int, Sequence[int]], additive: bool) -> Iterator[None]:
-    """Inside, nobody but themselves sees the columns that `dropped` names from its layer on (until a later entry).
-
-    Args:
-        layers: the decoder layers.
-        dropped: layer -> prompt columns.
-        additive: whether the attention takes masks of 0 and the lowest number instead of bools.
-    """
-
-    def swap(module: nn.Module, args: Any, kwargs: dict[str, Any], columns: Sequence[int]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        n, device = hidden.shape[1], hidden.device
-        allowed = torch.ones(n, dtype=torch.bool, device=device)
-        allowed[list(columns)] = False
-        square = torch.ones(n, n, dtype=torch.bool, device=device).tril() & allowed
-        square = (square | torch.eye(n, dtype=torch.bool, device=device))[None, None]
-        if additive:
-            lowest = torch.finfo(hidden.dtype).min
-            square = torch.zeros(square.shape, dtype=hidden.dtype, device=device).masked_fill(~square, lowest)
-        return args, kwargs | {"attention_mask": square}
-
-    def hook(columns: Sequence[int]) -> Callable[..., Any]:
-        return lambda module, args, kwargs: swap(module, args, kwargs, columns)
-
-    handles = []
-    try:
-        for index, layer in enumerate(layers):
-            ruling = [start for start in sorted(dropped) if start <= index]
-            if ruling:
-                handles.append(layer.register_forward_pre_hook(hook(dropped[ruling[-1]]), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def footprint(model: nn.Module) -> dict[str, Any]:
-    """Everything a session could leave behind on a model and in the registries of transformers, by name."""
-    kinds = [name for name in nn.Module().__dict__ if "hook" in name]
-    modules = dict(model.named_modules())
-    configs = {id(m.config): m.config for m in modules.values() if hasattr(m, "config")}.values()
-    return {
-        "hooks": {name: {kind: list(getattr(m, kind) or ()) for kind in kinds} for name, m in modules.items()},
-        "attributes": {name: sorted(m.__dict__) for name, m in modules.items()},
-        "replaced methods": {
-            name: {key: id(value) for key, value in m.__dict__.items() if inspect.isroutine(value)}
-            for name, m in modules.items()
-        },
-        "classes": {name: type(m) for name, m in modules.items()},
-        "attention names": [getattr(config, "_attn_implementation", None) for config in configs],
-        "registries": (sorted(AttentionInterface().valid_keys()), sorted(AttentionMaskInterface().valid_keys())),
-    }

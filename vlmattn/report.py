@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlmattn.cost import Dims, kv_bytes, prefill_macs
@@ -31,6 +32,23 @@ class StageReport:
 
 
 @dataclass(frozen=True)
+class CacheReport:
+    """What the cache of one layer holds after the prefill, where that is less than the layer saw.
+
+    Attributes:
+        method: text of the method.
+        layer: the decoder layer.
+        kept: per sample and image the indices of the visual tokens that are left.
+        positions: per sample the prompt columns (padding counted) that are left, text included.
+    """
+
+    method: str
+    layer: int
+    kept: list[list[list[int]]]
+    positions: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Report:
     """The last prefill with images that went through a session.
 
@@ -40,11 +58,13 @@ class Report:
         num_layers: decoder layers.
         prompt_tokens: per sample, without padding.
         visual_tokens: per sample, without newline tokens, which count as text.
-        visual_per_layer: per sample, visual tokens in each decoder layer.
+        visual_per_layer: per sample, visual tokens in each decoder layer during the prefill.
+        cached_per_layer: per sample, visual tokens in the cache of each decoder layer after it.
         kv_bytes: keys and values held after the prefill over all samples, without padding.
         kv_bytes_full: the same without pruning.
         prefill_macs, prefill_macs_full: multiply-accumulates of the decoder layers over all samples.
         stages: pruning stages in order of layer.
+        caches: layers whose caches were cut after the prefill, in order.
         positions: per sample the prompt columns (padding counted) that the last layer held; logits of a bare forward
             are right-aligned to these.
         visual_mass: per layer the share of the last prompt token's attention that falls on visual tokens, mean over
@@ -57,11 +77,13 @@ class Report:
     prompt_tokens: list[int]
     visual_tokens: list[int]
     visual_per_layer: list[list[int]]
+    cached_per_layer: list[list[int]]
     kv_bytes: int
     kv_bytes_full: int
     prefill_macs: int
     prefill_macs_full: int
     stages: list[StageReport]
+    caches: list[CacheReport]
     positions: list[list[int]]
     visual_mass: list[float] | None = None
 
@@ -118,9 +140,11 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
     prompt = plan.real.sum(1).tolist()
     visual = plan.visual.sum(1).tolist()
     stages = [plan.stage(layer) for layer in range(dims.num_layers)]
+    holding = [plan.holding(layer) for layer in range(dims.num_layers)]
     per_layer = _per_sample(stages, plan.visual, plan)
+    held = _per_sample(holding, plan.visual, plan)
     tokens = _per_sample(stages, plan.real, plan)
-    cached = _per_sample([plan.holding(layer) for layer in range(dims.num_layers)], plan.real, plan)
+    cached = _per_sample(holding, plan.real, plan)
     full = [[prompt[row]] * dims.num_layers for row in range(len(prompt))]
     return Report(
         spec=spec,
@@ -129,6 +153,7 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
         prompt_tokens=prompt,
         visual_tokens=visual,
         visual_per_layer=per_layer,
+        cached_per_layer=held,
         kv_bytes=sum(kv_bytes(dims, row, bytes_per_value) for row in cached),
         kv_bytes_full=sum(kv_bytes(dims, row, bytes_per_value) for row in full),
         prefill_macs=sum(prefill_macs(dims, row) for row in tokens),
@@ -136,6 +161,7 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
         stages=[
             StageReport(stage.method, stage.layer, _kept(plan, stage), _positions(plan, stage)) for stage in plan.stages
         ],
+        caches=[_cache(plan, layer, stage) for layer, stage in enumerate(holding) if _is_cut(plan, layer)],
         positions=_positions(plan, plan.stage(dims.num_layers - 1)),
     )
 
@@ -150,6 +176,17 @@ def _positions(plan: Plan, stage: Stage | None) -> list[list[int]]:
         [c for c, ok in zip(row, oks, strict=True) if ok]
         for row, oks in zip(columns, stage.valid.tolist(), strict=True)
     ]
+
+
+def _is_cut(plan: Plan, layer: int) -> bool:
+    """Whether the cache of a layer was cut after the prefill."""
+    saw, holds = plan.stage(layer) or plan.whole(layer), plan.holding(layer) or plan.whole(layer)
+    return not (torch.equal(saw.positions, holds.positions) and torch.equal(saw.present, holds.present))
+
+
+def _cache(plan: Plan, layer: int, stage: Stage | None) -> CacheReport:
+    assert stage is not None
+    return CacheReport(stage.method, layer, _kept(plan, stage), _positions(plan, stage))
 
 
 def _per_sample(stages: Sequence[Stage | None], flags: Tensor, plan: Plan) -> list[list[int]]:

@@ -265,6 +265,24 @@ def line_lengths(spans: Sequence[Sequence[Span]], length: int, device: torch.dev
     return lines.to(device)
 
 
+def chunk_index(spans: Sequence[Sequence[Span]], length: int, device: torch.device | str = "cpu") -> Tensor:
+    """`(B, length)` long: the image, or frame of a video, each token belongs to, counting through the row; -1 for text.
+
+    An image with several grids, or none that is known, is one chunk. Newline tokens are text.
+    """
+    index = torch.full((len(spans), length), -1, dtype=torch.long)
+    for row, row_spans in enumerate(spans):
+        first = 0
+        for span in row_spans:
+            frames = 1 if span.grid is None else span.grid[0]
+            visual = torch.ones(span.columns, dtype=torch.bool)
+            visual[[column - span.start for column, _ in span.lines()]] = False
+            frame = (visual.cumsum(0) - 1) // (span.length // frames)
+            index[row, span.start : span.start + span.columns] = torch.where(visual, first + frame, -1)
+            first += frames
+    return index.to(device)
+
+
 def image_index(spans: Sequence[Sequence[Span]], length: int, device: torch.device | str = "cpu") -> Tensor:
     """`(B, length)` long: the image each token belongs to, newline tokens included, -1 for text."""
     index = torch.full((len(spans), length), -1, dtype=torch.long)

@@ -60,9 +60,10 @@ def specs_for(specs: Iterable[str], *, num_layers: int, visual_tokens: int, seed
     For every spec with pruners: `random` before the first layer where it prunes, once a seed, with as many visual
     tokens per layer, on average, and `noimage` before that layer. The random row has the method's own `keep` where that
     gives its average, else the share that does, to the nearest whole token. Several pruners become as many random
-    stages if each has the average of its `keep`. Editors of attention in the spec are not repeated in its controls. No
-    random row: pruners that are controls themselves or keep everything, those without `keep` that leave a number which
-    depends on the image, and several pruners of which one has another average than its `keep`. The fully blind model,
+    stages if each has the average of its `keep`. Editors of attention and methods that evict from the cache are not
+    repeated in its controls, and a spec of those alone has none: its prefill sees every token. No random row: pruners
+    that are controls themselves or keep everything, those without `keep` that leave a number which depends on the
+    image, and several pruners of which one has another average than its `keep`. The fully blind model,
     `noimage(before_layer=0)`, is always among them: what it scores, the questions alone give away.
 
     Args:
@@ -84,7 +85,7 @@ def specs_for(specs: Iterable[str], *, num_layers: int, visual_tokens: int, seed
     random: list[str] = []
     empty: list[str] = []
     for methods in parsed:
-        pruners: list[Any] = [method for method in methods if method.kind == "prune" and not method.is_noop]
+        pruners: list[Any] = [method for method in methods if _has_layer(method) and not method.is_noop]
         if not pruners or "noimage" in [pruner.name for pruner in pruners]:
             continue
         layers = [pruner.resolve_layer(num_layers) for pruner in pruners]
@@ -204,7 +205,12 @@ def collapse(base: Tally, other: Tally) -> dict[str, str]:
 def _resolved(methods: Iterable[Any], num_layers: int) -> str:
     from vlmattn import spec as language
 
-    return language.text([method.resolved(num_layers) if method.kind == "prune" else method for method in methods])
+    return language.text([method.resolved(num_layers) if _has_layer(method) else method for method in methods])
+
+
+def _has_layer(method: Any) -> bool:
+    """Whether a method prunes before a decoder layer; those that evict from the cache do not."""
+    return method.kind == "prune" and hasattr(method, "resolve_layer")
 
 
 def _keep(pruner: Any, num_layers: int, visual_tokens: int) -> float | int | None:

@@ -99,7 +99,7 @@ def table(told: Sequence[Told]) -> Table:
 
 
 def stage_lines(told: Sequence[Told]) -> list[str]:
-    """One line per pruning stage: method, how many tokens stayed, from which layer on."""
+    """One line per pruning stage: method, how many tokens stayed, from which layer on; one for caches that were cut."""
     lines = []
     for entry in told:
         total = entry.geometry.num_tokens
@@ -107,6 +107,11 @@ def stage_lines(told: Sequence[Told]) -> list[str]:
             where = "before the first layer" if stage.before_layer <= 0 else f"before layer {stage.before_layer}"
             kept = len(stage.kept[0][0])
             lines.append(f"{stage.method}: {kept} of {total} kept {where} (of {entry.report.num_layers} layers)")
+        left = [len(cache.kept[0][0]) for cache in entry.report.caches]
+        if left:
+            some = f"{left[0]}" if min(left) == max(left) else f"{min(left)} to {max(left)}"
+            method, layers = entry.report.caches[0].method, len(left)
+            lines.append(f"{method}: {some} of {total} stay in the caches of {layers} layer{'s' * (layers > 1)}")
     return lines
 
 

@@ -262,9 +262,9 @@ def _idle(baseline: Run, run: Run) -> list[str]:
         {record["id"]: record for record in entry.records if record.get("status") == "ok"} for entry in (baseline, run)
     )
     both = [(before[key], after[key]) for key in before if key in after]
+    spent = ("visual_per_layer", "prefill_macs", "kv_bytes")
     same = all(
-        first["text"] == second["text"]
-        and all(first["cost"][name] == second["cost"][name] for name in ("visual_per_layer", "prefill_macs"))
+        first["text"] == second["text"] and all(first["cost"][name] == second["cost"][name] for name in spent)
         for first, second in both
     )
     if not both or not same:

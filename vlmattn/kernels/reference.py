@@ -23,33 +23,34 @@ def attention_received(
     Args:
         query: `(B, H, R, D)`, the last R <= N rows of the sequence.
         key: `(B, Hkv, S, D)` with S >= N; keys beyond N are ignored (a static cache hands over unwritten slots).
-        mask: what the model gives its attention: `(B or 1, 1, N, >= N)` bool (True attends) or additive, `(B, >= N)`
-            valid keys, or None for plain causal.
+        mask: what the model gives its attention: `(B or 1, 1, N or R, >= N)` bool (True attends) or additive, `(B, >=
+            N)` valid keys, or None for plain causal.
         scaling: factor of the logits.
         rows: `(B, N)` bool, the query rows that count, all among the last R; chunks of rows in which nothing counts
-            cost nothing.
+            cost nothing. `(B, G, N)`: G sets of rows, each with a result of its own.
         over: `(B, N)` bool, the keys of the softmax; None: all.
         heads: whether heads are kept apart.
 
     Returns:
-        fp32, mean over chosen rows of the softmax: `(B, H, N)`, or its mean over heads `(B, N)`. A row sums to 1 over
-        its keys.
+        fp32, mean over chosen rows of the softmax: `(B, H, N)`, or its mean over heads `(B, N)`, with sets of rows
+        `(B, G, H, N)` or `(B, G, N)`. A row sums to 1 over its keys.
     """
-    length = rows.shape[1]
+    length = rows.shape[-1]
     key, first = key[:, :, :length], length - query.shape[2]
-    weight = rows.float() / rows.sum(1, keepdim=True).clamp_min(1)
+    weight = (rows.float() / rows.sum(-1, keepdim=True).clamp_min(1)).view(len(rows), -1, length)
     batch, count = query.shape[:2]
-    total = query.new_zeros(batch, count if heads else 1, length, dtype=torch.float32)
-    wanted = rows.any(0).nonzero()[:, 0].tolist()
+    total = query.new_zeros(batch, weight.shape[1], count if heads else 1, length, dtype=torch.float32)
+    wanted = rows.reshape(-1, length).any(0).nonzero()[:, 0].tolist()
     while wanted:
         start = wanted[0]
         stop = min(start + CHUNK, wanted[-1] + 1)
         part = _probabilities(query[:, :, start - first : stop - first], key, mask, scaling, start, over).nan_to_num()
         if not heads:
             part = part.mean(1, keepdim=True)
-        total += torch.einsum("bq,bhqk->bhk", weight[:, start:stop], part)
+        total += torch.einsum("bgq,bhqk->bghk", weight[..., start:stop], part)
         wanted = [row for row in wanted if row >= stop]
-    return total if heads else total[:, 0]
+    total = total if heads else total[:, :, 0]
+    return total if rows.ndim == 3 else total[:, 0]
 
 
 def _probabilities(
@@ -61,7 +62,8 @@ def _probabilities(
     rows = query.reshape(batch, kv_heads, heads // kv_heads * count, dim)
     logits = (rows.float() @ key.float().transpose(-1, -2)).mul_(scaling).view(batch, heads, count, length)
     if mask is not None and mask.ndim == 4:
-        part = mask[:, :, start : start + count, :length]
+        row = start + mask.shape[2] - length
+        part = mask[:, :, row : row + count, :length]
         logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part.float()
     else:
         position = torch.arange(length, device=key.device)

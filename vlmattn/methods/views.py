@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vlmattn.errors import SpecError
 from vlmattn.spans import Raster, Span
 
 ROWS = ("last", "text", "after", "all", "own")
+WATCHED = ("last", "text", "after", "all", "chunks")
 
 
 @dataclass(frozen=True)
@@ -187,3 +189,61 @@ class LayerView:
     visual: Tensor
     real: Tensor
     sink_dims: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Attention that the keys of a layer receive in one pass, as that layer computes it.
+
+    Attributes:
+        rows: the query rows that count: in the prefill the `last` prompt token, all `text`, the text `after` the last
+            image (the last token where there is none), `all` tokens, or `chunks`: apart for every image, or frame of a
+            video, the rows of its tokens. Later `last` is the last token of the pass, and everything is text.
+        heads: whether heads are kept apart instead of averaged.
+        total: whether rows are summed instead of averaged.
+    """
+
+    rows: str = "last"
+    heads: bool = False
+    total: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse rows that there are not."""
+        if self.rows not in WATCHED:
+            raise SpecError(f"Watch(rows={self.rows!r}): expected one of {', '.join(WATCHED)}")
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """What a method sees of the cache of one decoder layer after a pass.
+
+    Slots are in order of the conversation; where rows hold unequal numbers of tokens some at the start are empty.
+
+    Attributes:
+        layer: the decoder layer.
+        num_layers: decoder layers of the model.
+        step: tokens after the prompt so far, this pass's included; 0 after the prefill.
+        new: tokens of this pass, the last slots; in the prefill all of them.
+        column: `(B, S)` long, place of the token in the padded conversation, counting from 0.
+        real: `(B, S)` bool, False where a slot holds no token.
+        visual: `(B, S)` bool.
+        image: `(B, S)` long, index of the image within the sample, -1 for text.
+        chunk: `(B, S)` long, index of the image, or frame of a video, within the sample, -1 for text.
+        spans: per sample the spans of its images, as they stood in the prompt.
+        scores: what `Evictor.watched` asks for, fp32 `(B, S)` by name, `(B, H, S)` with the heads apart; with rows by
+            `chunks` `(B, G, S)` or `(B, G, H, S)` for G chunks. 0 for slots without a token or hidden in this pass.
+        state: what the last decision about this layer left, see `Eviction`; empty after the prefill.
+    """
+
+    layer: int
+    num_layers: int
+    step: int
+    new: int
+    column: Tensor
+    real: Tensor
+    visual: Tensor
+    image: Tensor
+    chunk: Tensor
+    spans: tuple[tuple[Span, ...], ...]
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)

@@ -33,20 +33,34 @@ _living: dict[int, list[Registration]] = {}
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Attention received that somebody wants to see.
+
+    Attributes:
+        options: what `attention_received` takes beside queries and keys: `rows`, `over`, `heads`.
+        put: receives the scores, fp32.
+    """
+
+    options: Mapping[str, Any]
+    put: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
 class Work:
     """What one attention call has to do beside attending.
 
     Attributes:
-        score: what `attention_received` takes beside queries and keys: `rows`, `over`, `heads`; None: no scores.
-        put_scores: receives the scores, fp32.
+        taken: `(B, M)` long, the only keys and values that are attended to; mask and everything else here speak of
+            these. None: all.
+        scorings: the attention received that is wanted.
         put_keys: receives the rotated keys, `(B, Hkv, N, D)`; None: nobody asks.
         request: the edit and the statistics wanted; None: neither.
         put_statistics: receives the statistics, `(B, H, 4)` fp32.
         backend: which implementation serves the request; None: the fastest.
     """
 
-    score: Mapping[str, Any] | None = None
-    put_scores: Callable[[Tensor], None] | None = None
+    taken: Tensor | None = None
+    scorings: tuple[Scoring, ...] = ()
     put_keys: Callable[[Tensor], None] | None = None
     request: Request | None = None
     put_statistics: Callable[[Tensor], None] | None = None
@@ -92,13 +106,18 @@ class Registration:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         work: Work | None = kwargs.pop(PRIVATE, None)
+        if work is not None and work.taken is not None:
+            places = work.taken[:, None, :, None].to(key.device)
+            key, value = (x.gather(2, places.expand(-1, x.shape[1], -1, x.shape[3])) for x in (key, value))
+        if attention_mask is not None and attention_mask.ndim == 4 and self.base.startswith("flash"):
+            attention_mask = attention_mask[:, 0, -1].bool()  # it counts the keys of every row, the last sees them all
         out, weights = base_function(self.base, module)(module, query, key, value, attention_mask, **kwargs)
         if work is None:
             return out, weights
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if work.put_scores is not None and work.score is not None:
-            work.put_scores(attention_received(query, key, attention_mask, scaling, **work.score))
+        for scoring in work.scorings:
+            scoring.put(attention_received(query, key, attention_mask, scaling, **scoring.options))
         if work.put_keys is not None:
             work.put_keys(key)
         if work.request is not None:

@@ -1,13 +1,14 @@
 """Ragged caches: where the plan lives, and a first layer that is shorter than `generate()` must believe.
 
-A `DynamicCache` takes layers of different length as it is. Only after pruning at the entry of the text model the first
-layer is short as well; `generate()` reads that layer's length for positions and for slicing a second turn, so outside
-the text model it must report the logical length, and inside the physical one (the mask is sized by it).
+A `DynamicCache` takes layers of different length as it is. Only where the first layer is short as well something is
+told: `generate()` reads that layer's length for positions and for slicing a second turn, and the text model sizes its
+mask by it, so it reports the logical length. Every short layer takes its columns of that mask.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vlmattn.errors import CallError
-from vlmattn.plan import Plan, Stage
+from vlmattn.plan import Plan, Stage, compact
 
 
 class PlannedCache(DynamicCache):
@@ -38,10 +39,13 @@ class PlannedCache(DynamicCache):
 
         Raises:
             CallError: a positive length, which older transformers take as the length to keep; layers differ in length.
+                Or more tokens than came since methods last decided what stays.
         """
         length = next(iter((*args, *kwargs.values())), 0)
         if length > 0:
             raise CallError(f"crop({length}) does not fit layers of unequal length: say crop(-n) to remove n tokens")
+        if self.plan is not None and -length > (since := int(self.get_seq_length()) - self.plan.length):
+            raise CallError(f"crop({length}) reaches into tokens that methods chose from: at most {since} can go")
         super().crop(*args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -66,28 +70,26 @@ class PlannedCache(DynamicCache):
 
 
 class LogicalDynamicLayer(DynamicLayer):
-    """A cache layer that reports the prompt's logical length outside the text model.
+    """A cache layer that reports the conversation's logical length.
 
     Attributes:
-        dropped: prompt columns that were never written.
-        inside: True while the text model runs.
+        dropped: columns that it does not hold.
     """
 
     dropped: int
-    inside: bool
 
     def get_seq_length(self) -> int:
-        """Physical length inside the text model, logical length outside; 0 while empty."""
+        """What it holds and what was dropped; 0 while empty."""
         physical = super().get_seq_length()
-        return physical if self.inside or physical == 0 else physical + self.dropped
+        return physical + self.dropped if physical else 0
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Crop by the physical length; negative counts mean the same in both."""
-        before, self.inside = self.inside, True
+        before, self.dropped = self.dropped, 0
         try:
             super().crop(*args, **kwargs)
         finally:
-            self.inside = before
+            self.dropped = before
 
     def reset(self) -> None:
         """Empty the layer; what was dropped belongs to the old prompt."""
@@ -140,7 +142,7 @@ def adopt(cache: Any, plan: Plan) -> None:
 
 
 def set_dropped(cache: Any, dropped: int) -> None:
-    """Make the first layer of `cache` report `dropped` more tokens than it holds when asked from outside."""
+    """Make the first layer of `cache` report `dropped` more tokens than it holds."""
     if not cache.layers:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[0]
@@ -149,7 +151,6 @@ def set_dropped(cache: Any, dropped: int) -> None:
             return
         logical = LogicalDynamicLayer.__new__(LogicalDynamicLayer)
         logical.__dict__.update(layer.__dict__)
-        logical.inside = False
         cache.layers[0] = layer = logical
     layer.dropped = dropped
 
@@ -159,35 +160,74 @@ def shrink(cache: Any, plan: Plan) -> None:
     last = next((stage for stage in reversed(plan.stages) if stage.shrinks), None)
     if last is None:
         return
-    for index, layer in enumerate(cache.layers[: last.layer]):
-        slots = _slots(plan, plan.stage(index), last)
-        places = slots[:, None, :, None].to(layer.keys.device)
-        for name in ("keys", "values"):
-            held = getattr(layer, name)
-            setattr(layer, name, held.gather(2, places.expand(-1, held.shape[1], -1, held.shape[3])))
-        if index in plan.tags:
-            plan.tags[index] = plan.tags[index].at(slots, last.valid)
-    held_stages = []
-    for first in sorted({0, *(stage.layer for stage in plan.stages)}):
-        own = plan.stage(first)
-        stage = last if own is None or first < last.layer else own
-        base, shift = _slots(plan, last, stage), None if own is None else own.shift
-        held_stages.append(dataclasses.replace(stage, layer=first, base=base, rotary=None, shift=shift))
-    plan.held = held_stages
-    set_dropped(cache, plan.dropped_at_entry)
+    kept = torch.zeros_like(plan.real).scatter(1, last.positions, last.present)
+    keep: dict[int, torch.Tensor] = {}
+    for index in range(last.layer):
+        before = plan.stage(index)
+        same = index > 0 and before is plan.stage(index - 1)
+        keep[index] = keep[index - 1] if same else kept if before is None else kept.gather(1, before.positions)
+    cut(cache, plan, keep, dict.fromkeys(keep, last.method))
 
 
-def _slots(plan: Plan, before: Stage | None, after: Stage) -> torch.Tensor:
-    """`(B, M)` long, the slots of the tokens of one stage among those of an earlier one; any slot for a filler."""
-    if before is None:
-        return after.positions
-    columns = before.positions if before.valid is None else before.positions.where(before.valid, plan.length)
-    slots = columns.new_zeros(len(columns), plan.length + 1)
-    slots.scatter_(1, columns, torch.arange(before.size, device=columns.device).expand_as(columns))
-    return slots.gather(1, after.positions)
+def cut(
+    cache: Any, plan: Plan, keep: Mapping[int, torch.Tensor], methods: Mapping[int, str]
+) -> dict[int, tuple[Stage, torch.Tensor]]:
+    """Remove keys and values from layers for good, and note in the plan what they hold.
+
+    Args:
+        cache: of the plan; it may hold further slots behind those of the plan, which stay.
+        plan: changed in place.
+        keep: per layer `(B, S)` bool over the slots it holds according to the plan. Empty slots go in any case; a layer
+            in which every token stays is left as it is.
+        methods: per layer the text of the method that decided.
+
+    Returns:
+        Per layer that was cut what it holds now, and the slots `(B, M)` that these were.
+    """
+    done: dict[int, tuple[Stage, torch.Tensor]] = {}
+    made: dict[tuple[int, int], tuple[Stage, torch.Tensor] | None] = {}
+    held: list[Stage] = []
+    source: Stage | None = None
+    for index, layer in enumerate(cache.layers):
+        before = plan.holding(index)
+        stage, flags = before, keep.get(index)
+        if flags is not None:
+            key = id(before), id(flags)
+            if key not in made:
+                made[key] = _cut_stage(plan, before or plan.whole(index), flags, index, methods[index])
+            if (found := made[key]) is not None:
+                stage, slots = found
+                _cut_layer(layer, slots, before.size if before else plan.length)
+                if index in plan.tags:
+                    plan.tags[index] = plan.tags[index].at(slots, stage.valid)
+                done[index] = found
+        if not held or stage is not source:
+            shift = None if before is None or (before.layer == 0 and index) else before.shift
+            held.append(dataclasses.replace(stage or plan.whole(index), layer=index, rotary=None, shift=shift))
+        source = stage
+    if done:
+        plan.held = held
+        set_dropped(cache, plan.dropped_at_entry)
+    return done
 
 
-def set_inside(cache: Any, inside: bool) -> None:
-    """Tell the first layer whether the text model is running."""
-    if cache is not None and getattr(cache, "layers", None) and isinstance(cache.layers[0], LogicalDynamicLayer):
-        cache.layers[0].inside = inside
+def _cut_stage(
+    plan: Plan, before: Stage, flags: torch.Tensor, layer: int, method: str
+) -> tuple[Stage, torch.Tensor] | None:
+    """What is left of a stage, and the slots of it `(B, M)`; None if nothing goes."""
+    real = before.present & plan.real.gather(1, before.positions)
+    flags = flags.to(real.device)
+    if bool((flags | ~real).all()):
+        return None
+    slots, valid = compact(flags & real)
+    columns = before.positions.gather(1, slots)
+    return Stage(layer, method, columns, columns, valid), slots
+
+
+def _cut_layer(layer: Any, slots: torch.Tensor, size: int) -> None:
+    """Keep `slots` `(B, M)` of the first `size` keys and values of a layer, and all behind them."""
+    behind = torch.arange(size, layer.keys.shape[2], device=slots.device).expand(len(slots), -1)
+    places = torch.cat([slots, behind], 1)[:, None, :, None].to(layer.keys.device)
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        setattr(layer, name, held.gather(2, places.expand(-1, held.shape[1], -1, held.shape[3])))

@@ -29,6 +29,8 @@ from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
 from vlmattn.patches.attention import Registration, is_living
 from vlmattn.patches.decoder import Decoder
+from vlmattn.patches.eviction import decide
+from vlmattn.patches.options import check_options
 from vlmattn.patches.passes import Pass, begin_decode, begin_prefill
 from vlmattn.patches.program import Program, compile_program
 from vlmattn.patches.prompt import Seen, read_prompt
@@ -324,31 +326,32 @@ class Engine:
     def _enter(self, live: Pass, changed: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if live.busy:
             self._local.live = live
-        caches.set_inside(changed.get("past_key_values"), True)
         self._local.cache = changed.get("past_key_values")
         return (), changed
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         cache = self._local.__dict__.pop("cache", None)
-        caches.set_inside(cache, False)
         live: Pass | None = self._local.__dict__.pop("live", None)
         if live is None or output is None:
             return None
         plan = live.plan
-        if live.prefill and cache is not None:
-            caches.shrink(cache, plan)
-        plan.settle()
+        if live.prefill:
+            if cache is not None:
+                caches.shrink(cache, plan)
+            plan.settle()
         if live.statistics:
             plan.steps.append({layer: rows[: plan.samples] for layer, rows in live.statistics.items()})
-        if plan.visual.shape[0] == plan.samples or not live.prefill:
-            return None
-        first = torch.arange(plan.samples, device=plan.visual.device)
-        if cache is None:
-            self.last = plan.rows(first)
-        else:
-            cache.batch_select_indices(first)
-            self.last = cache.plan
-        return streams.first_rows(output, plan.samples)
+        doubled = live.prefill and plan.visual.shape[0] != plan.samples
+        if doubled:
+            first = torch.arange(plan.samples, device=plan.visual.device)
+            if cache is None:
+                self.last = plan.rows(first)
+            else:
+                cache.batch_select_indices(first)
+                self.last = cache.plan
+        if live.watching is not None and live.watching.evictors:
+            decide(live.watching, cache)
+        return streams.first_rows(output, plan.samples) if doubled else None
 
     def _on_heads(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         live: Pass | None = self._local.__dict__.get("live")
@@ -395,25 +398,10 @@ class Engine:
                 given = signature.bind(*args, **kwargs).arguments
                 options = given.get("kwargs", {}) | {k: v for k, v in given.items() if k != "kwargs"}
                 config = options.get("generation_config") or getattr(self.model, "generation_config", None)
-                for name, refused in REFUSED_OPTIONS.items():
-                    value = options.get(name, getattr(config, name, None))
-                    if refused(value):
-                        raise CallError(
-                            f"generate({name}={value!r}) does not go with the installed methods: {WAY_OUT[name]}"
-                        )
+                check_options(options, config, self.program.evictors.values())
                 ids = options.get("input_ids", options.get("inputs"))
                 with self.prompt_ends(ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None):
                     return original(*args, **kwargs)
             return original(*args, **kwargs)
 
         return generate
-
-
-REFUSED_OPTIONS: dict[str, Callable[[Any], bool]] = {
-    "use_cache": lambda value: value is False,
-    "prefill_chunk_size": lambda value: value is not None,
-}
-WAY_OUT = {
-    "use_cache": "every step would choose other tokens; leave use_cache on",
-    "prefill_chunk_size": "the prompt must arrive in one piece; leave it unset",
-}

@@ -15,8 +15,9 @@ from vlmattn.kernels.rows import Request
 from vlmattn.methods.base import Editor, LayerView
 from vlmattn.patches import cache as caches
 from vlmattn.patches import deepstack, streams
-from vlmattn.patches.attention import PRIVATE, Work
+from vlmattn.patches.attention import PRIVATE, Scoring, Work
 from vlmattn.patches.decoder import Decoder
+from vlmattn.patches.eviction import Core, Watching
 from vlmattn.patches.program import Program
 from vlmattn.patches.selection import (
     Chosen,
@@ -44,6 +45,7 @@ class Pass:
         decoder: of the model.
         prefill: whether the prompt goes through now.
         new: keys after the prompt, this pass's tokens included.
+        watching: what methods that evict from the cache see of this pass; None without them, or without a cache.
         statistics: per layer what was recorded in this pass.
     """
 
@@ -52,6 +54,7 @@ class Pass:
     decoder: Decoder
     prefill: bool
     new: int = 0
+    watching: Watching | None = None
     memo: dict[tuple[str, int], Any] = field(default_factory=dict)
     statistics: dict[int, Tensor] = field(default_factory=dict)
 
@@ -71,10 +74,13 @@ class Pass:
             stage, hidden = self._prune(turn, index, stage, hidden, kwargs)
         if stage is not None:
             self._swap(changed, stage.to(hidden.device), hidden)
-        work = self._work(index, stage, hidden, changed)
+        core = self._core(index, stage, hidden, changed.get("attention_mask"))
+        if core is not None:
+            changed["attention_mask"] = core.mask
+        work = self._work(index, stage, hidden, changed, core)
         if work is not None:
             changed[PRIVATE] = work
-        elif stage is None and turn is None and index not in self.plan.added:
+        elif stage is None and turn is None and core is None and index not in self.plan.added:
             return None
         if args:
             return (hidden, *args[1:]), changed
@@ -121,7 +127,7 @@ class Pass:
         # cos and sin carry the positions; gapped ids would make flash attention believe in packed sequences
         positions = kwargs["position_ids"]
         kwargs["position_ids"] = None
-        if stage.layer == 0:
+        if self.prefill and stage.layer == 0:
             return
         key = (str(hidden.device), stage.layer)
         if key not in self.memo:
@@ -132,9 +138,9 @@ class Pass:
                 self.memo[key] = tables, prefill_mask(mask, stage)
             else:
                 tables = (cos, sin)
-                if stage.shift is not None:
+                if stage.layer and stage.shift is not None:  # at the entry positions are shifted already
                     tables = self.decoder.tables(hidden, positions.to(hidden.device) - stage.shift[:, None])
-                self.memo[key] = tables, decode_mask(mask, stage, self.plan.base_length, self.new, hidden.shape[0])
+                self.memo[key] = tables, decode_mask(mask, stage, self.plan.length, self.new, hidden.shape[0])
         kwargs["position_embeddings"], kwargs["attention_mask"] = self.memo[key]
 
     def _score(
@@ -150,31 +156,58 @@ class Pass:
         mask = kwargs.get("attention_mask")
         self.plan.scores[before] = self.decoder.scores(index, hidden, tables, mask, score)
 
-    def _work(self, index: int, stage: Stage | None, hidden: Tensor, kwargs: dict[str, Any]) -> Work | None:
+    def _core(self, index: int, stage: Stage | None, hidden: Tensor, mask: Tensor | None) -> Core | None:
+        """The keys of layer `index` that this pass computes, if a method hides others."""
+        core = self.plan.core.get(index)
+        if core is None or self.watching is None or not self.watching.hides(index):
+            return None
+        size = self.plan.length if stage is None else stage.size
+        return Core.of(core, self.new, size, mask, hidden.shape[0], hidden.device)
+
+    def _work(
+        self, index: int, stage: Stage | None, hidden: Tensor, kwargs: dict[str, Any], core: Core | None
+    ) -> Work | None:
         """What the attention of layer `index` does beside attending."""
-        request = self._request(index, stage, hidden)
+        request = self._request(index, stage, hidden, core)
         follower = self.program.pruners.get(index + 1) if self.prefill else None
         attention = None if follower is None else follower.pruner.attention
-        score = put_keys = None
+        taken = None if core is None else core.taken
+        put_keys = None
+        scorings = [] if self.watching is None else self._watched(self.watching, index, stage, hidden, core)
         if follower is not None and attention is not None and attention.layer == "before":
             if attention.is_free and wants_scores(follower, self.plan):
                 score = score_options(attention, str(follower), self.plan, stage, hidden.device)
+                scorings.append(Scoring(score, functools.partial(self.plan.scores.__setitem__, index + 1)))
             elif not attention.is_free:
                 self._score(follower, index, stage, hidden, kwargs, before=index + 1)
         if follower is not None and "layer_keys" in follower.pruner.needs:
             put_keys = functools.partial(self.plan.layer_keys.__setitem__, index + 1)
-        if score is None and put_keys is None and request is None:
+        if taken is None and not scorings and put_keys is None and request is None:
             return None
         return Work(
-            score=score,
-            put_scores=None if score is None else functools.partial(self.plan.scores.__setitem__, index + 1),
+            taken=taken,
+            scorings=tuple(scorings),
             put_keys=put_keys,
             request=request,
             put_statistics=functools.partial(self.statistics.__setitem__, index) if self.program.record else None,
             backend=self.program.backend,
         )
 
-    def _request(self, index: int, stage: Stage | None, hidden: Tensor) -> Request | None:
+    def _watched(
+        self, watching: Watching, index: int, stage: Stage | None, hidden: Tensor, core: Core | None
+    ) -> list[Scoring]:
+        """What methods that evict from the cache watch in layer `index`."""
+        if not watching.decides(index):
+            return []
+        found = []
+        for name, watch in watching.evictors[index].watched.items():
+            options = watching.options(index, watch, self.plan, stage, hidden.device)
+            put = functools.partial(watching.put, index, name, options, core)
+            rows = options["rows"] if core is None else core.rows(options["rows"])
+            found.append(Scoring(options | {"rows": rows}, put))
+        return found
+
+    def _request(self, index: int, stage: Stage | None, hidden: Tensor, core: Core | None) -> Request | None:
         editor = self.program.editors.get(index)
         if editor is None and not self.program.record:
             return None
@@ -194,6 +227,7 @@ class Pass:
             rows = _edited_rows(editor, self.plan, stage).to(hidden.device)
         else:
             tag = torch.nn.functional.pad(tag, (0, self.new), value=TEXT)
+            tag = tag if core is None else core.tags(tag)
             rows = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         last = -1 - self.plan.ahead if self.program.record else None
         return Request(tag, active, rows, None if editor is None else editor.edit(), last)
@@ -250,6 +284,7 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
     live = Pass(plan, program, engine.decoder, prefill=True)
     deepstack.take_over(engine.family, arguments, plan, engine.decoder.num_layers)
     if cache is not None:
+        live.watching = Watching(program.evictors, 0, plan.length)
         caches.adopt(cache, plan)
         arguments["past_key_values"] = cache
     embeds = arguments["inputs_embeds"]
@@ -307,36 +342,16 @@ def begin_decode(
     step = arguments.get("inputs_embeds")
     step = arguments.get("input_ids") if step is None else step
     assert step is not None
-    batch, queries = step.shape[:2]
+    queries = step.shape[1]
     logical = int(cache.get_seq_length())
     entry = plan.entry
     if entry is not None:
-        mask = arguments.get("attention_mask")
-        arguments["attention_mask"] = decode_entry_mask(mask, entry, plan.length, logical + queries, batch)
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.arange(logical, logical + queries, device=step.device)[None]
         if entry.shift is not None:
             positions = positions - entry.shift.to(positions.device)[:, None]
         arguments["position_ids"] = positions
-    return Pass(plan, program, decoder, prefill=False, new=logical + queries - plan.length), arguments
-
-
-def decode_entry_mask(mask: Tensor | None, entry: Stage, length: int, total: int, batch: int) -> Tensor | None:
-    """The 2-D mask over what layer 0 holds, from the one over everything that was said.
-
-    Args:
-        mask: `(B, total)` of the caller, or None.
-        entry: the stage at the entry.
-        length: prompt columns.
-        total: prompt columns plus everything after.
-        batch: rows of the call.
-    """
-    if mask is None:
-        if entry.valid is None:
-            return None
-        return torch.cat([entry.valid, entry.valid.new_ones(batch, total - length)], 1).to(torch.long)
-    head = mask.gather(1, entry.positions)
-    if entry.valid is not None:
-        head = head * entry.valid.to(head.dtype)
-    return torch.cat([head, mask[:, length:]], 1)
+    watching = Watching(program.evictors, logical + queries - plan.prompt, queries)
+    new = logical + queries - plan.length
+    return Pass(plan, program, decoder, prefill=False, new=new, watching=watching), arguments

@@ -11,6 +11,7 @@ from vlmattn import presets
 from vlmattn.cost import Dims
 from vlmattn.errors import SpecError, UnsupportedModelError
 from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Selector
+from vlmattn.methods.cache import Evictor
 from vlmattn.patches.families.base import CAPABILITIES, Family
 from vlmattn.patches.selection import Turn
 
@@ -23,6 +24,7 @@ class Program:
         pruners: stages of pruners by the layer they prune before.
         editors: by edited layer.
         heads: by reinforced layer.
+        evictors: by the layer from whose cache they evict.
         sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
         record: whether statistics are kept.
         backend: attention backend; None: the fastest.
@@ -31,6 +33,7 @@ class Program:
     pruners: dict[int, Turn] = field(default_factory=dict)
     editors: dict[int, Editor] = field(default_factory=dict)
     heads: dict[int, HeadGain] = field(default_factory=dict)
+    evictors: dict[int, Evictor] = field(default_factory=dict)
     sink_dims: tuple[int, ...] | None = None
     record: bool = False
     backend: str | None = None
@@ -38,7 +41,7 @@ class Program:
     @property
     def changes(self) -> bool:
         """Whether anything of the model's computation changes."""
-        return bool(self.pruners or self.editors or self.heads)
+        return bool(self.pruners or self.editors or self.heads or self.evictors)
 
     @property
     def acts(self) -> bool:
@@ -48,7 +51,8 @@ class Program:
     @property
     def methods(self) -> list[Method]:
         """The installed methods; one with several stages or layers as often."""
-        return [*(turn.pruner for turn in self.pruners.values()), *self.editors.values(), *self.heads.values()]
+        tables = (self.editors, self.heads, self.evictors)
+        return [*(turn.pruner for turn in self.pruners.values()), *(m for table in tables for m in table.values())]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -94,6 +98,9 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
         elif isinstance(method, HeadGain):
             table, layers, act = program.heads, method.layers(dims.num_layers), "scale heads in"
             turns = [method] * len(layers)
+        elif isinstance(method, Evictor):
+            table, layers, act = program.evictors, list(method.layers(dims.num_layers)), "evict from the cache of"
+            turns = [method] * len(layers)
         else:
             raise SpecError(f"{method} is of kind {method.kind!r}, which this version cannot install")
         if method.is_noop:
@@ -104,6 +111,10 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
             if layer in table:
                 raise SpecError(f"{table[layer]} and {method} both {act} layer {layer}: give one of them other layers")
             table[layer] = turn
+    shrinking = [turn.pruner for turn in program.pruners.values() if turn.pruner.shrink_early_layers]
+    if shrinking and program.evictors:
+        evictor = next(iter(program.evictors.values()))
+        raise SpecError(f"{shrinking[0]} and {evictor} both shorten caches: leave shrink_early_layers off")
     if "sink_dims" in program.needs:
         program = dataclasses.replace(program, sink_dims=presets.sink_dims(config))
     return program

@@ -208,15 +208,11 @@ def _placed(stage: Stage, before: Stage | None, slots: Tensor, plan: Plan, renum
             return stage
         return dataclasses.replace(stage, rotary=before.rotary.gather(1, slots), shift=before.shift)
     entry = plan.entry if stage.layer else None
-    whole = plan.real if entry is None else _valid(entry)
-    own = _valid(stage)
+    whole = plan.real if entry is None else entry.present
+    own = stage.present
     first = whole.shape[1] - whole.sum(1, keepdim=True)
     rank = (own.long().cumsum(1) - 1).clamp_min(0)
     return dataclasses.replace(stage, rotary=first + rank, shift=whole.sum(1) - own.sum(1))
-
-
-def _valid(stage: Stage) -> Tensor:
-    return torch.ones_like(stage.positions, dtype=torch.bool) if stage.valid is None else stage.valid
 
 
 def _front(flags: Tensor) -> tuple[Tensor, Tensor]:
