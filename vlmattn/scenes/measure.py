@@ -14,7 +14,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -112,10 +112,17 @@ def greedy_answers(
 
 
 def right_answers(
-    model: Any, processor: Any, scenes: SceneSet, rows: list[Row], pruned: str | None = None
+    model: Any,
+    processor: Any,
+    scenes: SceneSet,
+    rows: list[Row],
+    pruned: str | None = None,
+    store: vlmattn.VisionStore | None = None,
 ) -> list[bool]:
-    """Whether the greedy answer to each row is its label, with all visual tokens or under a spec that prunes some."""
-    with vlmattn.wrap(model, pruned) if pruned else nullcontext():
+    """Whether the greedy answer to each row is its label, with all visual tokens or under a spec that prunes some; the
+    vision tower runs once for all calls with the same rows and store."""
+    with vlmattn.wrap(model, pruned) as session:
+        session.share_vision(store)
         answers = generate_answers(model, processor, scenes, rows)
     return [answer == row["label"] for answer, row in zip(answers, rows, strict=True)]
 
@@ -199,11 +206,12 @@ def measure(
     tasks, pruned, deep = {}, {}, {}
     for task in wanted:
         scenes, rows = _rows(split, task, questions, seed, version)
-        tasks[task] = accuracy(right_answers(model, processor, scenes, rows))
+        ask = partial(right_answers, model, processor, scenes, rows, store=vlmattn.VisionStore())
+        tasks[task] = accuracy(ask())
         if task in PRUNED_TASKS and not only:
-            pruned[task] = accuracy(right_answers(model, processor, scenes, rows, random_pruning(0, seed)))
+            pruned[task] = accuracy(ask(random_pruning(0, seed)))
         if task in DEEP_TASKS and not only:
-            deep[task] = accuracy(right_answers(model, processor, scenes, rows, random_pruning(before_layer, seed)))
+            deep[task] = accuracy(ask(random_pruning(before_layer, seed)))
     captions = {}
     for name in dict.fromkeys((split, "typical") if split == "test" else (split,)):
         if not only or CAPTION in only:
