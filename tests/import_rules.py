@@ -50,7 +50,7 @@ RULES = (
     Rule("presets", ("errors",), ()),
     Rule(
         "patches",
-        (*WORDS, "plan", "cost", "kernels", "presets", "methods.base", "methods.cache", "methods.views"),
+        (*WORDS, "plan", "cost", "kernels", "presets", *(f"methods.{x}" for x in ("base", "cache", "skipper", "views"))),
         ("torch", "transformers"),
     ),
     Rule("spec", (*WORDS, "methods"), ()),
@@ -62,6 +62,7 @@ RULES = (
         (*WORDS, "session", "oracle", "methods.base", "methods.cache", "patches.families"),
         ("torch", "transformers"),
     ),
+    Rule("layers", (*WORDS, "check", "session", "methods", "patches.families"), ("torch", "PIL")),
     Rule("check", (*WORDS, "spec", "proof", "patches.families"), ("torch", "transformers", "PIL")),
     Rule(
         "bench",
@@ -75,7 +76,7 @@ RULES = (
     Rule("viz", PUBLIC, None),
     Rule("tune", (*PUBLIC, "eval"), None),
     Rule("app", (*PUBLIC, "eval", "viz"), None),
-    Rule("cli", (*PUBLIC, "eval", "viz", "tune", "app", "discover", "presets", "check", "bench"), None),
+    Rule("cli", (*PUBLIC, "eval", "viz", "tune", "app", "discover", "layers", "presets", "check", "bench"), None),
 )
 
 

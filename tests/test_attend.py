@@ -18,7 +18,7 @@ from vlmattn.kernels import naive, rows
 from vlmattn.kernels.rows import Request
 from vlmattn.methods.attend.var import VAR, sink_strength
 from vlmattn.methods.attend.vhr import VHR, divergence
-from vlmattn.methods.base import Selector
+from vlmattn.methods.base import Editor, Selector
 
 FAMILIES = sorted(tiny.MODELS)
 SINKS = "sinks=[1, 2, 3], tau=1.5, rho=0.2, min_visual=0.05, first_layer=1"
@@ -265,7 +265,16 @@ PARTS = {
     "fastv": "fastv(keep=0.6, before_layer=2)",
     "random": "random(keep=0.7, before_layer=0)",
     "noimage": "noimage(before_layer=3)",
+    "layerskip": "layerskip(layers=[1])",
 }
+
+
+def _reads(pruner: Selector, layer: int) -> bool:
+    """Whether a pruner ranks by what happens in a layer."""
+    if pruner.attention is None and "layer_keys" not in pruner.needs:
+        return False
+    upcoming = pruner.attention is not None and pruner.attention.layer == "upcoming"
+    return layer + (not upcoming) in pruner.stages(tiny.LAYERS)
 
 
 PAIRED = {frozenset(pair): pair for pair in itertools.combinations(spec.registry(), 2)}
@@ -278,8 +287,11 @@ def test_all_pairs_agree_with_the_reference_backend(model, batch, pair):
     pruners = [m for m in spec.parse(parts) if isinstance(m, Selector) and not m.is_noop]
     layers = [layer for pruner in pruners for layer in pruner.stages(tiny.LAYERS)]
     lacking = any("text_tower" in pruner.requires for pruner in pruners)
-    if lacking or len(layers) != len(set(layers)):
-        with pytest.raises((UnsupportedModelError, SpecError), match=r"needs .*: use |both prune before layer"):
+    edits = sum(isinstance(method, Editor) for method in spec.parse(parts))
+    blind = "layerskip" in pair and any(_reads(pruner, 1) for pruner in pruners)
+    if lacking or blind or edits > 1 or len(layers) != len(set(layers)):
+        said = r"needs .*: use |both prune before layer|both edit attention in layer|reads the attention of layer 1"
+        with pytest.raises((UnsupportedModelError, SpecError, LayerError), match=said):
             vlmattn.wrap(model, parts)
         return
     runs = []

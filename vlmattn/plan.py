@@ -115,6 +115,7 @@ class Plan:
         tags: per edited layer the groups of the keys it holds of the prompt.
         gains: per reinforced layer the factors of its heads, `(B, H)`; divergences: the statistic they were chosen by.
         samples: rows of the caller; the plan has twice as many while a text-only stream runs beside.
+        skipped: decoder layers that were left out.
         steps: per pass, per layer the statistics `(rows, H, 4)` of the last row, if recorded.
         scores: attention received, for the stage before a layer, `(B, slots)` or `(B, H, slots)` fp32.
         layer_keys: keys `(B, Hkv, slots, D)` for the stage before a layer.
@@ -146,6 +147,7 @@ class Plan:
     gains: dict[int, Tensor] = field(default_factory=dict)
     divergences: dict[int, Tensor] = field(default_factory=dict)
     samples: int = 0
+    skipped: frozenset[int] = frozenset()
     steps: list[dict[int, Tensor]] = field(default_factory=list)
     prompt: int = 0
     core: dict[int, Stage] = field(default_factory=dict)

@@ -116,7 +116,8 @@ class Session:
         if not plan.steps:
             return report
         mass = collect(plan, self._engine.dims.num_layers)["visual_mass"].mean("sample", "head")
-        return dataclasses.replace(report, visual_mass=mass.values[0].tolist())
+        shares = [None if layer in plan.skipped else share for layer, share in enumerate(mass.values[0].tolist())]
+        return dataclasses.replace(report, visual_mass=shares)
 
     def record(self, on: bool = True) -> None:
         """Start (or stop) keeping statistics of attention, from the next prompt on; see `stats`.

@@ -64,6 +64,8 @@ class Method(ABC):
     title: ClassVar[str]
     paper: ClassVar[str]
     kind: ClassVar[str]
+    caution: ClassVar[str] = ""
+    """What users should be told once, in words that follow the method's text; empty: nothing."""
 
     @property
     def needs(self) -> frozenset[str]:
