@@ -250,7 +250,7 @@ def test_scores_are_those_of_the_hidden_states(family, model, batch):
     for one in prompts:
         inputs: list[torch.Tensor] = []
         handles = [
-            layer.register_forward_hook(lambda module, args, out: inputs.append(out[0]))
+            layer.register_forward_hook(lambda module, args, out, seen=inputs: seen.append(out[0]))
             for layer in model.model.language_model.layers
         ]
         embeds = model(**one, output_hidden_states=True).hidden_states[0][0]

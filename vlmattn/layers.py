@@ -110,7 +110,7 @@ def redundant_layers(
     n_drop: int = 1,
     *,
     score: str = "angular_last",
-    region: Sequence[int] | str | None = None,
+    region: tuple[int, ...] | str | None = None,
     adjacent: bool = True,
     iterative: bool = False,
 ) -> Redundancy:
@@ -128,9 +128,8 @@ def redundant_layers(
         LayerError: there are not so many layers to choose from.
         CallError, SpecError, UnsupportedModelError: as `layer_scores`.
     """
-    protected_by = tuple(region) if isinstance(region, list | tuple) else region
     first = layer_scores(model, prompts, score)
-    rule = LayerSkip(scores=first, n_drop=n_drop, region=protected_by, adjacent=adjacent)
+    rule = LayerSkip(scores=first, n_drop=n_drop, region=region, adjacent=adjacent)
     protected, layers = rule.protected(len(first)), rule.skipped(len(first))
     order = tuple(sorted(layers, key=lambda layer: (first[layer], layer)))
     if iterative:
@@ -141,7 +140,8 @@ def redundant_layers(
 def _iterate(model: Any, prompts: Sequence[Mapping[str, Any]], score: str, rule: LayerSkip) -> tuple[int, ...]:
     """The layers in the order in which they go, one at a time."""
     assert rule.scores is not None
-    scores, gone = rule.scores, ()
+    scores = rule.scores
+    gone: tuple[int, ...] = ()
     count = len(scores)
     while len(gone) < rule.n_drop:
         near = {layer + step for layer in gone for step in ((0,) if rule.adjacent else (-1, 0, 1))}

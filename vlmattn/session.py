@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vlmattn import context as contexts
 from vlmattn import report as reports
 from vlmattn import spec as specs
+from vlmattn.context import CompressedContext
 from vlmattn.errors import AlreadyWrappedError, CallError, SpecError
 from vlmattn.kernels.dispatch import BACKENDS
 from vlmattn.methods.base import Method
@@ -179,6 +181,34 @@ class Session:
             raise CallError(f"question({asked!r}): give a text, or a list of one text a sample")
         with self._engine.question(questions):
             yield
+
+    def compress(self, image: Image | Sequence[Image], query: str | None = None) -> CompressedContext:
+        """Read an image once, for many questions; needs a method that does it, such as `context(keep=0.05)`.
+
+        The model describes the image, and what the method keeps of the prompt is what all answers go on from:
+
+            with session.compress(image) as context:
+                context.answer("What colour is the car?")
+                context.answer("How many people are there?")
+
+        `report` then tells what the context holds; its MACs are those of the prefill that read the image.
+
+        Args:
+            image: a PIL image, or several for one prompt.
+            query: what the description is asked for with; None: the method's.
+
+        Raises:
+            CallError: no method of the session compresses, `wrap` got no processor, or the session was removed.
+            DataError: the processor has no chat template.
+        """
+        return contexts.of_image(self, image, query)
+
+    def compress_inputs(self, inputs: Mapping[str, Any]) -> CompressedContext:
+        """As `compress`, for the finished model inputs of one unpadded prompt with an image and the query.
+
+        Questions are put as tokens then: `context.generate(ids)`.
+        """
+        return contexts.of_inputs(self, inputs)
 
     def stats(self) -> Mapping[str, Statistic]:
         """What attention did in the last generation with images, by name, each a tensor with named axes.

@@ -55,8 +55,9 @@ def layers(
             loaded = models.load(name, dtype, device)
         with common.status("measuring"):
             prompts = measure.prepare(loaded.model, loaded.processor, pictures, question or list(finder.PROMPTS))
-            options = {"score": score, "region": region, "adjacent": not apart, "iterative": iterative}
-            found = measure.redundant_layers(loaded.model, prompts, drop, **options)
+            found = measure.redundant_layers(
+                loaded.model, prompts, drop, score=score, region=region, adjacent=not apart, iterative=iterative
+            )
     if as_json:
         common.print_json(found.to_dict())
         return

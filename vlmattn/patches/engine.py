@@ -196,7 +196,9 @@ class Engine:
             idle = ", ".join(str(method) for method in self.methods if "sink_dims" in method.needs)
             name = getattr(self.config, "_name_or_path", "") or "this model"
             name = Path(name).name if Path(name).is_dir() else name
-            self._warn("sinks", f"{idle} does nothing on {name!r}: this checkpoint has no visual sinks, says its preset")
+            self._warn(
+                "sinks", f"{idle} does nothing on {name!r}: this checkpoint has no visual sinks, says its preset"
+            )
 
     def _warn(self, about: str, said: str) -> None:
         """A warning, once a session; where warnings are errors it counts as said."""
@@ -283,6 +285,7 @@ class Engine:
             ahead = max(call.ids.shape[1] - (self._local.__dict__.get("prompt_length") or call.ids.shape[1]), 0)
             plan = read_prompt(self.family, self.config, call.ids, ahead, arguments, seen)
             if plan is not None:
+                self._check_through()
                 if self.program.compares:
                     plan.paired = self._pair(call.ids, plan)
                 live, changed = begin_prefill(self, plan, arguments)
@@ -300,6 +303,23 @@ class Engine:
         if plan is not None:
             return self._enter(*begin_decode(plan, self.program, self.decoder, arguments))
         return None
+
+    def _check_through(self) -> None:
+        """Refuse a plain prompt with an image where a method acts through a call of the session only."""
+        method = next((method for method in self.program.methods if method.through), None)
+        if method is not None and not self._local.__dict__.get("inside_call"):
+            raise CallError(
+                f"{method} cannot act in a plain forward or generate: call {method.through}, or session.remove() first"
+            )
+
+    @contextmanager
+    def inside_call(self) -> Iterator[None]:
+        """Inside, methods that act through a call of the session are in it, in this thread."""
+        self._local.inside_call = True
+        try:
+            yield
+        finally:
+            self._local.inside_call = False
 
     def _pair(self, ids: Tensor, plan: Plan) -> Paired:
         """The question of every row of `ids`, embedded by the text tower."""

@@ -356,6 +356,6 @@ def begin_decode(
         if entry.shift is not None:
             positions = positions - entry.shift.to(positions.device)[:, None]
         arguments["position_ids"] = positions
-    watching = Watching(program.evictors, logical + queries - plan.prompt, queries)
+    watching = Watching({} if plan.closed else program.evictors, logical + queries - plan.prompt, queries)
     new = logical + queries - plan.length
     return Pass(plan, program, decoder, prefill=False, new=new, watching=watching), arguments

@@ -92,7 +92,7 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
         UnsupportedModelError: a method requires what the model has not.
     """
     program = Program()
-    for method in methods:
+    for method in (part for whole in methods for part in whole.parts(dims.num_layers)):
         turns: list[Any]
         if isinstance(method, Selector):
             table: dict[int, Any] = program.pruners
@@ -124,10 +124,23 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
     if shrinking and program.evictors:
         evictor = next(iter(program.evictors.values()))
         raise SpecError(f"{shrinking[0]} and {evictor} both shorten caches: leave shrink_early_layers off")
+    _check_whole(program)
     _leave_out(program, family)
     if "sink_dims" in program.needs:
         program = dataclasses.replace(program, sink_dims=presets.sink_dims(config))
     return program
+
+
+def _check_whole(program: Program) -> None:
+    evictors = dict.fromkeys(program.evictors.values())
+    for evictor in evictors:
+        pruners = [turn.pruner for turn in program.pruners.values()]
+        others = [method for method in (*pruners, *evictors) if method is not evictor]
+        if evictor.whole and others:
+            raise SpecError(
+                f"{evictor} chooses among all tokens of the prompt, and {others[0]} drops some of them: leave one of "
+                "them out"
+            )
 
 
 def _leave_out(program: Program, family: Family) -> None:

@@ -19,7 +19,7 @@ import torch
 from vlmattn.edits import NOT_A_KEY, TEXT, TEXT_SINK, VISUAL, VISUAL_SINK, AttnEdit, Tags
 from vlmattn.methods.base import Editor, LayerView, param, register
 from vlmattn.methods.checks import Checks
-from vlmattn.methods.window import Window, check_window, window_layers
+from vlmattn.methods.window import check_window, window_layers
 
 ROWS = {"text": ("text", True), "query": ("text", False), "generated": ("none", True), "last": ("last", True)}
 KEYS = {"visual": (VISUAL, VISUAL_SINK), "text": (TEXT, TEXT_SINK)}
@@ -34,7 +34,7 @@ KEYS = {"visual": (VISUAL, VISUAL_SINK), "text": (TEXT, TEXT_SINK)}
 class Knockout(Checks, Editor):
     """Hide the image from text rows in a window of layers."""
 
-    window: Window = param(
+    window: tuple[int | float, int | float] = param(
         (0.0, 1.0), "first layer and the one behind the last: ints, or shares of the depth; (0.25, 0.5): the middle"
     )
     rows: str = param(
