@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import oracle
 import pytest
 import tiny
 import torch
@@ -31,46 +32,17 @@ def gap(a: Any, b: Any) -> float:
 
 
 def masked(model: Any, batch: dict[str, torch.Tensor], layers: range, rows: str, prompt: int) -> torch.Tensor:
-    """Logits of a pass over `batch` without a cache in which, in `layers`, text rows do not see the image.
+    """Logits of a pass over `batch` in which, in `layers`, text rows do not see the image.
 
     Args:
         rows: as in the method; prompt: columns of it, what follows was generated.
     """
-    ids, real = batch["input_ids"], batch["attention_mask"].bool()
-    visual, length = ids == tiny.IMAGE, ids.shape[1]
-    behind, generated = (visual.cumsum(1) > 0) & ~visual & real, torch.arange(length) >= prompt
+    visual, length = batch["input_ids"] == tiny.IMAGE, batch["input_ids"].shape[1]
+    behind, generated = (visual.cumsum(1) > 0) & ~visual, torch.arange(length) >= prompt
     last = torch.arange(length) == prompt - 1
     cut = {"text": behind, "query": behind & ~generated, "generated": generated, "last": generated | last}[rows]
-    cut = cut.expand_as(ids)
-    square = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None]
-    square = square | torch.eye(length, dtype=torch.bool)
-    square = square & ~(cut[:, :, None] & visual[:, None, :])
-    mask = square[:, None]
-    if model.config.get_text_config()._attn_implementation == "eager":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-
-    def swap(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, kwargs | {"attention_mask": mask}
-
-    decoder = model.model.language_model.layers
-    handles = [decoder[i].register_forward_pre_hook(swap, with_kwargs=True) for i in layers]
-    try:
-        return model(**batch, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def longer(batch: dict[str, torch.Tensor], ids: torch.Tensor, family: str) -> dict[str, torch.Tensor]:
-    """The batch with what was generated behind it."""
-    more = batch | {"input_ids": ids}
-    for name in ("attention_mask", "mm_token_type_ids"):
-        if name in batch:
-            fill = batch[name].new_full((len(ids), ids.shape[1] - batch[name].shape[1]), int(name == "attention_mask"))
-            more[name] = torch.cat([batch[name], fill], 1)
-    if family == "llava":
-        more["position_ids"] = (more["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    return more
+    pairs = cut.expand_as(visual)[:, :, None] & visual[:, None, :]
+    return oracle.cut_forward(model, batch, dict.fromkeys(layers, pairs))
 
 
 @both
@@ -82,7 +54,7 @@ def test_it_equals_masked_attention(family, attention, window, rows):
     prompt = batch["input_ids"].shape[1]
     with vlmattn.wrap(model, f"knockout(window={window}, rows={rows})"):
         out = generate(model, batch, suppress_tokens=[tiny.IMAGE, tiny.VIDEO, 92, 93])
-    whole = longer(batch, out.sequences, family)
+    whole = oracle.longer(batch, out.sequences, flat=family == "llava")
     layers = window_layers(window, tiny.LAYERS, "")
     expected = masked(model, whole, layers, rows, prompt)[:, prompt - 1 : -1]
     assert gap(out.logits, expected.transpose(0, 1)) < 1e-5 * expected.abs().max().item()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -13,11 +12,11 @@ from vlmattn.methods.cache import Evictor
 from vlmattn.methods.views import CacheView
 
 
-@dataclass(frozen=True)
 class Compressor(Evictor):
     """Has the image described, notes what the description looks at, and keeps a part of the prompt's visual tokens.
 
-    It acts through `session.compress`. While the description is written it is an `Evictor` that evicts nothing.
+    It acts through `session.compress`. While the description is written it is an `Evictor` that evicts nothing. A
+    subclass is a frozen dataclass with the fields below.
 
     Attributes:
         query: what the description is asked for with.
