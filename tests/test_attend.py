@@ -19,6 +19,7 @@ from vlmattn.kernels.rows import Request
 from vlmattn.methods.attend.var import VAR, sink_strength
 from vlmattn.methods.attend.vhr import VHR, divergence
 from vlmattn.methods.base import Editor, Selector
+from vlmattn.methods.cache import Evictor
 
 FAMILIES = sorted(tiny.MODELS)
 SINKS = "sinks=[1, 2, 3], tau=1.5, rho=0.2, min_visual=0.05, first_layer=1"
@@ -277,7 +278,8 @@ def _reads(pruner: Selector, layer: int) -> bool:
     return layer + (not upcoming) in pruner.stages(tiny.LAYERS)
 
 
-PAIRED = {frozenset(pair): pair for pair in itertools.combinations(spec.registry(), 2)}
+EVERYWHERE = [name for name, info in spec.registry().items() if not info.cls.through]
+PAIRED = {frozenset(pair): pair for pair in itertools.combinations(EVERYWHERE, 2)}
 
 
 @pytest.mark.parametrize("pair", list(PAIRED.values()), ids="+".join)
@@ -287,10 +289,11 @@ def test_all_pairs_agree_with_the_reference_backend(model, batch, pair):
     pruners = [m for m in spec.parse(parts) if isinstance(m, Selector) and not m.is_noop]
     layers = [layer for pruner in pruners for layer in pruner.stages(tiny.LAYERS)]
     lacking = any("text_tower" in pruner.requires for pruner in pruners)
-    edits = sum(isinstance(method, Editor) for method in spec.parse(parts))
     blind = "layerskip" in pair and any(_reads(pruner, 1) for pruner in pruners)
-    if lacking or blind or edits > 1 or len(layers) != len(set(layers)):
-        said = r"needs .*: use |both prune before layer|both edit attention in layer|reads the attention of layer 1"
+    kinds = [kind for method in spec.parse(parts) for kind in (Editor, Evictor) if isinstance(method, kind)]
+    clash = len(kinds) > len(set(kinds)) or len(layers) > len(set(layers))
+    if lacking or blind or clash:
+        said = r"needs .*: use |both (prune before|edit attention in|evict from the cache of) layer|reads the attention"
         with pytest.raises((UnsupportedModelError, SpecError, LayerError), match=said):
             vlmattn.wrap(model, parts)
         return

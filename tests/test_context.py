@@ -18,6 +18,7 @@ from vlmattn.methods.prune.middle import Middle
 pytestmark = pytest.mark.usefixtures("no_grad")
 STEPS = 5
 TEXT = [tiny.IMAGE, tiny.VIDEO, 92, 93]
+PICTURE: Any = object()
 QUESTION = torch.tensor([[5, 6, 7, 8]])
 both = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
@@ -319,13 +320,13 @@ class Words:
         return f"{len(said) if self.anew else ''}{''.join(said)}a:"
 
     def __call__(self, images: Any, text: Any, **options: Any) -> dict[str, torch.Tensor]:
-        assert text == ["u:Describe the image.;a:"] and images == ["picture"]
+        assert text == ["u:Describe the image.;a:"] and images == [PICTURE]
         return dict(self.one)
 
 
 def test_a_question_is_a_new_turn_behind_the_query(model, one):
     with vlmattn.wrap(model, "context(keep=0.25, new_tokens=4)", processor=Words(one)) as session:
-        context = session.compress("picture")
+        context = session.compress(PICTURE)
         expected = "a:OK.;u:What?;a:".removeprefix("a:")
         assert context.ids("What?").tolist() == [[ord(letter) - 40 for letter in expected]]
         answer = context.answer("What?", max_new_tokens=3, do_sample=False)

@@ -14,10 +14,11 @@ from torch import nn
 from vlmattn import context as contexts
 from vlmattn import report as reports
 from vlmattn import spec as specs
-from vlmattn.context import CompressedContext
+from vlmattn.context import CompressedContext as CompressedContext
 from vlmattn.errors import AlreadyWrappedError, CallError, SpecError
 from vlmattn.kernels.dispatch import BACKENDS
 from vlmattn.methods.base import Method
+from vlmattn.methods.compressor import Compressor
 from vlmattn.patches import families as family_registry
 from vlmattn.patches.engine import Engine
 from vlmattn.patches.stats import Statistic, collect
@@ -181,6 +182,11 @@ class Session:
             raise CallError(f"question({asked!r}): give a text, or a list of one text a sample")
         with self._engine.question(questions):
             yield
+
+    @property
+    def compresses(self) -> bool:
+        """Whether questions about images go through `compress`."""
+        return any(isinstance(method, Compressor) for method in self.methods)
 
     def compress(self, image: Image | Sequence[Image], query: str | None = None) -> CompressedContext:
         """Read an image once, for many questions; needs a method that does it, such as `context(keep=0.05)`.
