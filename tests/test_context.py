@@ -14,6 +14,7 @@ from vlmattn import cost, proof, spec
 from vlmattn.errors import BudgetError, CallError, DataError, LayerError, SpecError
 from vlmattn.methods.prune.context import Context
 from vlmattn.methods.prune.middle import Middle
+from vlmattn.patches.families import supported
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 STEPS = 5
@@ -197,6 +198,12 @@ def test_two_contexts_and_a_text_prompt_side_by_side(family, model):
         assert torch.equal(ask(contexts[1]).sequences, alone[1])
         assert torch.equal(ask(contexts[0]).sequences, alone[0])
     assert gap(between.logits, plain.logits) == 0.0
+
+
+def test_families_say_where_positions_go_on():
+    """M-RoPE models note in every prefill how far positions are ahead of columns."""
+    for family in supported():
+        assert bool(family.position_state) == (family.rope == "mrope"), family.name
 
 
 def test_several_images_keep_a_share_each(family):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import vlmattn
 from vlmattn import cost, layers, proof, spec
 from vlmattn.errors import CallError, LayerError, SpecError, VlmattnWarning
 from vlmattn.methods.skip.layerskip import LayerSkip, least_changing, visual_region
+from vlmattn.patches import families
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:.*is experimental")]
 STEPS = 8
@@ -110,6 +112,18 @@ def test_what_does_not_fit_a_model_is_refused():
         with pytest.raises((LayerError, SpecError), match=said):
             vlmattn.wrap(model, text)
     assert vlmattn.wrap(model, "none").active  # nothing was left behind
+
+
+def test_layers_that_read_the_image_again_must_stay(monkeypatch):
+    """DeepStack adds visual features behind the first three layers."""
+    find = families.find
+    monkeypatch.setattr(families, "find", lambda model: dataclasses.replace(find(model), deepstack=True))
+    model = tiny.llava(layers=5)
+    for layer in (1, 2):
+        with pytest.raises(LayerError, match=f"adds visual features behind its first 3 layers, so that layer {layer}"):
+            vlmattn.wrap(model, f"layerskip(layers=[{layer}])")
+    with vlmattn.wrap(model, "layerskip(layers=[3])"):
+        assert model.model.language_model.layers[3].forward(torch.ones(1)).item() == 1
 
 
 def test_it_says_that_it_is_experimental():

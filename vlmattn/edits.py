@@ -120,7 +120,7 @@ class AttnEdit:
         min_share: ... and where `give` has at least this share of the visual mass.
         coefficient: per group a factor of the probabilities, or None.
         renormalise: whether rows sum to 1 again after `coefficient`.
-        rows: which prompt rows: `text` (all text rows after the first image), `last` or `none`.
+        rows: which prompt rows: `text` (all text rows after the first image), `last` or `generated` (none).
         generated: whether the tokens after the prompt are edited as well.
     """
 

@@ -70,15 +70,12 @@ class ContextAsker(Asker):
 
 def joined(reports: Sequence[Report]) -> Report:
     """The report of several samples, from one each: lists one after the other, sums added."""
-    first = reports[0]
     lists = ("prompt_tokens", "visual_tokens", "visual_per_layer", "cached_per_layer", "positions")
     sums = ("kv_bytes", "kv_bytes_full", "prefill_macs", "prefill_macs_full")
-    return dataclasses.replace(
-        first,
-        **{name: [entry for report in reports for entry in getattr(report, name)] for name in lists},
-        **{name: sum(getattr(report, name) for report in reports) for name in sums},
-        caches=[_joined(caches) for caches in zip(*(report.caches for report in reports), strict=False)],
-    )
+    made: dict[str, Any] = {name: [entry for report in reports for entry in getattr(report, name)] for name in lists}
+    made |= {name: sum(getattr(report, name) for report in reports) for name in sums}
+    made["caches"] = [_joined(caches) for caches in zip(*(report.caches for report in reports), strict=False)]
+    return dataclasses.replace(reports[0], **made)
 
 
 def _joined(caches: Sequence[Any]) -> Any:

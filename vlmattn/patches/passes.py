@@ -251,7 +251,7 @@ def _edited_rows(editor: Editor | None, plan: Plan, stage: Stage | None) -> Tens
     real, visual = slots.real, slots.imagery
     if editor is None:
         return torch.zeros_like(real)
-    if editor.edit().rows == "none":
+    if editor.edit().rows == "generated":
         return torch.zeros_like(real)
     if editor.edit().rows == "last":
         return query_rows("last", "", plan, stage) & visual.any(1, keepdim=True)

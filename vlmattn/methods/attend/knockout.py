@@ -21,7 +21,7 @@ from vlmattn.methods.base import Editor, LayerView, param, register
 from vlmattn.methods.checks import Checks
 from vlmattn.methods.window import check_window, window_layers
 
-ROWS = {"text": ("text", True), "query": ("text", False), "generated": ("none", True), "last": ("last", True)}
+ROWS = {"text": ("text", True), "query": ("text", False), "generated": ("generated", True), "last": ("last", True)}
 KEYS = {"visual": (VISUAL, VISUAL_SINK), "text": (TEXT, TEXT_SINK)}
 
 
