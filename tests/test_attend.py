@@ -302,7 +302,7 @@ def test_all_pairs_agree_with_the_reference_backend(model, batch, pair):
         with vlmattn.wrap(model, " + ".join(order)) as session:
             session.use_backend(backend)
             runs.append(generate(model, batch, 8).logits)
-    assert gap(runs[0], runs[1]) < 1e-5
+    assert gap(runs[0], runs[1]) < 1e-5 * max(1.0, max(logits.abs().max().item() for logits in runs[0]))
     assert gap(runs[0], runs[2]) == 0.0
 
 
