@@ -292,11 +292,11 @@ def test_it_composes_with_edits(model, one, others):
 
 @pytest.mark.filterwarnings("ignore:.*is experimental")
 def test_it_composes_with_layers_left_out(model, one):
-    with vlmattn.wrap(model, "context(keep=0.25, new_tokens=4, middle=(1, 3)) + layerskip(layers=[2])") as session:
+    with vlmattn.wrap(model, "context(keep=0.25, new_tokens=4, middle=(2, 4)) + layerskip(layers=[3])") as session:
         context = session.compress_inputs(one)
-        assert context.entries[2] == 0 and len(set(context.entries)) == 2
+        assert context.entries[3] == 0 and len(set(context.entries)) == 2
         ask(context)
-        assert session.report().cached_per_layer[0][2] == 0
+        assert session.report().cached_per_layer[0][3] == 0
 
 
 # Conversations

@@ -80,5 +80,5 @@ def joined(reports: Sequence[Report]) -> Report:
 
 def _joined(caches: Sequence[Any]) -> Any:
     """One layer's cache over several samples."""
-    rows = {name: [row for cache in caches for row in getattr(cache, name)] for name in ("kept", "text")}
+    rows = {name: [row for cache in caches for row in getattr(cache, name)] for name in ("kept", "positions")}
     return dataclasses.replace(caches[0], **rows)
