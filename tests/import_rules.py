@@ -15,6 +15,7 @@ from pathlib import Path
 
 PACKAGE = "vlmattn"
 WORDS = ("budget", "spans", "edits", "errors")
+BASES = tuple(f"methods.{name}" for name in ("base", "cache", "compressor", "skipper", "views"))
 PUBLIC = ("", "spec", "spans", "report", "errors", "scenes")
 FAMILY_NAMES = ("llava", "qwen", "internvl", "smolvlm", "idefics", "gemma")
 FAMILY_HOMES = ("patches/families/", "scenes/")
@@ -50,11 +51,17 @@ RULES = (
     Rule("presets", ("errors",), ()),
     Rule(
         "patches",
-        (*WORDS, "plan", "cost", "kernels", "presets", "methods.base", "methods.cache", "methods.views"),
+        (*WORDS, "plan", "cost", "kernels", "presets", *BASES),
         ("torch", "transformers"),
     ),
     Rule("spec", (*WORDS, "methods"), ()),
-    Rule("session", (*WORDS, "plan", "cost", "report", "spec", "methods", "patches", "kernels"), ("torch", "PIL")),
+    Rule("chat", ("errors",), ("torch", "PIL")),
+    Rule("context", (*WORDS, "chat", "session", "methods", "patches"), ("torch", "PIL")),
+    Rule(
+        "session",
+        (*WORDS, "plan", "cost", "report", "spec", "methods", "patches", "kernels", "context"),
+        ("torch", "PIL"),
+    ),
     Rule("discover", (*WORDS, "presets", "methods", "patches", "scenes"), None),
     Rule("oracle", (), ("torch", "transformers")),
     Rule(
@@ -62,7 +69,8 @@ RULES = (
         (*WORDS, "session", "oracle", "methods.base", "methods.cache", "patches.families"),
         ("torch", "transformers"),
     ),
-    Rule("check", (*WORDS, "spec", "proof", "patches.families"), ("torch", "transformers", "PIL")),
+    Rule("layers", (*WORDS, "check", "session", "methods", "patches.families"), ("torch", "PIL")),
+    Rule("check", (*WORDS, "chat", "spec", "proof", "patches.families"), ("torch", "transformers", "PIL")),
     Rule(
         "bench",
         ("", *WORDS, "spec", "session", "cost", "kernels", "methods", "check", "scenes"),
@@ -75,7 +83,7 @@ RULES = (
     Rule("viz", PUBLIC, None),
     Rule("tune", (*PUBLIC, "eval"), None),
     Rule("app", (*PUBLIC, "eval", "viz"), None),
-    Rule("cli", (*PUBLIC, "eval", "viz", "tune", "app", "discover", "presets", "check", "bench"), None),
+    Rule("cli", (*PUBLIC, "eval", "viz", "tune", "app", "discover", "layers", "presets", "check", "bench"), None),
 )
 
 

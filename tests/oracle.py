@@ -191,3 +191,52 @@ def masked_forward(model: Any, batch: dict[str, Tensor], stages: dict[int, Seque
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def cut_forward(model: Any, batch: dict[str, Tensor], cut: dict[int, Tensor]) -> Tensor:
+    """Logits of a pass without a cache in which attention is cut in some layers.
+
+    Args:
+        cut: layer -> `(B, N, N)` bool, True where a query (second axis) must not see a key; each still sees itself.
+    """
+    real = batch["attention_mask"].bool()
+    length = real.shape[1]
+    itself = torch.eye(length, dtype=torch.bool)
+    plain = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None]
+
+    def mask_of(pairs: Tensor) -> Tensor:
+        mask = ((plain & ~pairs) | itself)[:, None]
+        if model.model.language_model.config._attn_implementation == "eager":
+            return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return mask
+
+    masks = {layer: mask_of(pairs) for layer, pairs in cut.items()}
+
+    def swap(layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"attention_mask": masks[layer]}
+
+    layers = model.model.language_model.layers
+    handles = [layers[i].register_forward_pre_hook(functools.partial(swap, i), with_kwargs=True) for i in masks]
+    try:
+        return model(**batch, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def longer(batch: dict[str, Tensor], ids: Tensor, flat: bool) -> dict[str, Tensor]:
+    """A batch with `ids` `(B, n)` in place of its prompts, with which they begin; what is new is text.
+
+    Args:
+        flat: whether positions have one axis, so that those of `generate` can be given.
+    """
+    more = batch | {"input_ids": ids}
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in batch:
+            new = ids.shape[1] - batch[name].shape[1]
+            fill = batch[name].new_full((len(ids), new), int(name == "attention_mask"))
+            more[name] = torch.cat([batch[name], fill], 1)
+    if flat:
+        more["position_ids"] = (more["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return more

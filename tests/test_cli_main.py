@@ -330,3 +330,17 @@ def test_our_warnings_are_a_note_without_a_place_in_the_source() -> None:
     assert done.exit_code == 0, done.output
     assert "note: var does nothing on 'scenes-llava'" in plain(done.stderr)
     assert "VlmattnWarning" not in done.stderr and ".py:" not in done.stderr
+
+
+def test_layers_prints_a_spec_that_can_be_used() -> None:
+    options = ("--drop", 2, "--apart", "--question", "Describe the image.")
+    found = json.loads(vlmattn("layers", *options, "--json").output)
+    assert len(found["scores"]) == 12 and found["prompts"] == 32 and found["protected"] == [0, 4, 8]
+    first, second = found["layers"]
+    assert second - first > 1 and not {0, 4, 8, 11} & {first, second}
+    assert found["spec"] == f"layerskip(layers=({first}, {second}))"
+    table = vlmattn("layers", *options)
+    assert table.exit_code == 0 and f'Use: --methods "{found["spec"]}"' in table.output
+    assert "left out, choice 1" in table.output and "protected" in table.output
+    result = vlmattn("layers", "--score", "l2")
+    assert result.exit_code == 2 and "expected one of angular_last" in plain(result.output)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmattn.errors import VlmattnError
     from vlmattn.report import Report
-    from vlmattn.session import Session, TextTower, VisionStore, families, methods_info, wrap
+    from vlmattn.session import CompressedContext, Session, TextTower, VisionStore, families, methods_info, wrap
 
 __version__ = "0.1.0"
 
 _HOME = {
     "VlmattnError": "vlmattn.errors",
     "Report": "vlmattn.report",
+    "CompressedContext": "vlmattn.session",
     "Session": "vlmattn.session",
     "TextTower": "vlmattn.session",
     "VisionStore": "vlmattn.session",
@@ -32,6 +33,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CompressedContext",
     "Report",
     "Session",
     "TextTower",

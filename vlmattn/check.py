@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
+from vlmattn import chat
 from vlmattn import spec as specs
-from vlmattn.errors import CallError, DataError
+from vlmattn.errors import CallError
 from vlmattn.patches import families
 from vlmattn.proof import FP32_TOLERANCE, HALF_STEPS, NEW_TOKENS, CheckRow, Proof
 
@@ -124,20 +125,7 @@ def prepare(model: Any, processor: Any, image: Image, question: str) -> Mapping[
     Raises:
         DataError: the processor has no chat template.
     """
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    try:
-        text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-    except ValueError as error:
-        raise DataError(f"the processor has no chat template ({error}): use the chat version of it") from None
-    bos = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
-    options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-    inputs = processor(images=[image], text=[text], return_tensors="pt", **options)
-    device = model.get_input_embeddings().weight.device
-    return {
-        name: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
-        for name, value in inputs.items()
-        if isinstance(value, Tensor)
-    }
+    return chat.encode(model, processor, [image], [chat.turn("user", question, 1)])
 
 
 @torch.no_grad()

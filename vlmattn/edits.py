@@ -110,6 +110,7 @@ class AttnEdit:
     gain.
 
     Attributes:
+        hide: groups whose keys the rows do not see at all; a row always sees itself.
         scale: per group a factor of the scores (before the softmax), or None.
         logit_strength: visual scores `s` become `s + logit_strength * |s|`.
         bias: `(B, S)` fp32 added to the scores, or None.
@@ -119,9 +120,11 @@ class AttnEdit:
         min_share: ... and where `give` has at least this share of the visual mass.
         coefficient: per group a factor of the probabilities, or None.
         renormalise: whether rows sum to 1 again after `coefficient`.
-        rows: which prompt rows: `text` (all text rows after the first image) or `last`; generated tokens always.
+        rows: which prompt rows: `text` (all text rows after the first image), `last` or `generated` (none).
+        generated: whether the tokens after the prompt are edited as well.
     """
 
+    hide: tuple[int, ...] = ()
     scale: tuple[float, ...] | None = None
     logit_strength: float = 0.0
     bias: Tensor | None = None
@@ -132,8 +135,9 @@ class AttnEdit:
     coefficient: tuple[float, ...] | None = None
     renormalise: bool = False
     rows: str = "text"
+    generated: bool = True
 
     @property
     def maps_scores(self) -> bool:
         """Whether probabilities change before any mass is known."""
-        return self.scale is not None or self.logit_strength != 0.0 or self.bias is not None
+        return bool(self.hide) or self.scale is not None or self.logit_strength != 0.0 or self.bias is not None

@@ -115,6 +115,8 @@ class Plan:
         tags: per edited layer the groups of the keys it holds of the prompt.
         gains: per reinforced layer the factors of its heads, `(B, H)`; divergences: the statistic they were chosen by.
         samples: rows of the caller; the plan has twice as many while a text-only stream runs beside.
+        skipped: decoder layers that were left out.
+        closed: whether everything about the caches is decided, so that nobody watches any more.
         steps: per pass, per layer the statistics `(rows, H, 4)` of the last row, if recorded.
         scores: attention received, for the stage before a layer, `(B, slots)` or `(B, H, slots)` fp32.
         layer_keys: keys `(B, Hkv, slots, D)` for the stage before a layer.
@@ -146,6 +148,8 @@ class Plan:
     gains: dict[int, Tensor] = field(default_factory=dict)
     divergences: dict[int, Tensor] = field(default_factory=dict)
     samples: int = 0
+    skipped: frozenset[int] = frozenset()
+    closed: bool = False
     steps: list[dict[int, Tensor]] = field(default_factory=list)
     prompt: int = 0
     core: dict[int, Stage] = field(default_factory=dict)
@@ -206,6 +210,23 @@ class Plan:
             tags={layer: tags.longer(n) for layer, tags in self.tags.items()},
             core={},
             state={layer: {name: pad(x, 0) for name, x in state.items()} for layer, state in self.state.items()},
+        )
+
+    def prompt_only(self) -> Plan:
+        """The plan as it was after the prefill, without what was taken up since, and with nothing left to decide."""
+        end = self.prompt
+        return dataclasses.replace(
+            self,
+            real=self.real[:, :end],
+            visual=self.visual[:, :end],
+            image=self.image[:, :end],
+            text=None if self.text is None else self.text[:, :end],
+            held=None,
+            tags={layer: Tags(tags.tag[:, :end], tags.active, tags.acts) for layer, tags in self.tags.items()},
+            core={},
+            state={},
+            steps=[],
+            closed=True,
         )
 
     def rows(self, index: Tensor) -> Plan:

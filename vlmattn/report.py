@@ -68,7 +68,8 @@ class Report:
         positions: per sample the prompt columns (padding counted) that the last layer held; logits of a bare forward
             are right-aligned to these.
         visual_mass: per layer the share of the last prompt token's attention that falls on visual tokens, mean over
-            heads and samples; None unless the session records.
+            heads and samples, None in a layer that was left out; None unless the session records.
+        skipped_layers: decoder layers that were left out; they hold nothing and cost nothing.
     """
 
     spec: str
@@ -85,7 +86,8 @@ class Report:
     stages: list[StageReport]
     caches: list[CacheReport]
     positions: list[list[int]]
-    visual_mass: list[float] | None = None
+    visual_mass: list[float | None] | None = None
+    skipped_layers: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def average_visual_tokens(self) -> float:
@@ -114,6 +116,8 @@ class Report:
                     runs.append([layer, layer, count])
             shown = ", ".join(f"{n} in layer{'s' * (b > a)} {a if a == b else f'{a}-{b}'}" for a, b, n in runs)
             lines.append(f"  sample {row}: {self.prompt_tokens[row]} prompt tokens, visual: {shown}")
+        if self.skipped_layers:
+            lines.append(f"  layers left out          {', '.join(map(str, self.skipped_layers))}")
         share = self.kv_bytes / self.kv_bytes_full
         lines.append(f"  visual tokens per layer  {self.average_visual_tokens:.1f}")
         lines.append(f"  KV after prefill         {self.kv_bytes:,} B of {self.kv_bytes_full:,} B ({share:.0%})")
@@ -122,7 +126,7 @@ class Report:
             f"(theoretical speed-up {self.speedup:.2f}x)"
         )
         if self.visual_mass is not None:
-            shown = " ".join(f"{mass:.2f}" for mass in self.visual_mass)
+            shown = " ".join("-" if mass is None else f"{mass:.2f}" for mass in self.visual_mass)
             lines.append(f"  visual attention by layer {shown}")
         return "\n".join(lines)
 
@@ -145,6 +149,9 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
     held = _per_sample(holding, plan.visual, plan)
     tokens = _per_sample(stages, plan.real, plan)
     cached = _per_sample(holding, plan.real, plan)
+    for counts in (*per_layer, *held, *tokens, *cached):
+        for layer in plan.skipped:
+            counts[layer] = 0
     full = [[prompt[row]] * dims.num_layers for row in range(len(prompt))]
     return Report(
         spec=spec,
@@ -163,6 +170,7 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
         ],
         caches=[_cache(plan, layer, stage) for layer, stage in enumerate(holding) if _is_cut(plan, layer)],
         positions=_positions(plan, plan.stage(dims.num_layers - 1)),
+        skipped_layers=sorted(plan.skipped),
     )
 
 

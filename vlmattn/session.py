@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vlmattn import context as contexts
 from vlmattn import report as reports
 from vlmattn import spec as specs
+from vlmattn.context import CompressedContext as CompressedContext
 from vlmattn.errors import AlreadyWrappedError, CallError, SpecError
 from vlmattn.kernels.dispatch import BACKENDS
 from vlmattn.methods.base import Method
+from vlmattn.methods.compressor import Compressor
 from vlmattn.patches import families as family_registry
 from vlmattn.patches.engine import Engine
 from vlmattn.patches.stats import Statistic, collect
@@ -116,7 +119,8 @@ class Session:
         if not plan.steps:
             return report
         mass = collect(plan, self._engine.dims.num_layers)["visual_mass"].mean("sample", "head")
-        return dataclasses.replace(report, visual_mass=mass.values[0].tolist())
+        shares = [None if layer in plan.skipped else share for layer, share in enumerate(mass.values[0].tolist())]
+        return dataclasses.replace(report, visual_mass=shares)
 
     def record(self, on: bool = True) -> None:
         """Start (or stop) keeping statistics of attention, from the next prompt on; see `stats`.
@@ -178,6 +182,39 @@ class Session:
             raise CallError(f"question({asked!r}): give a text, or a list of one text a sample")
         with self._engine.question(questions):
             yield
+
+    @property
+    def compresses(self) -> bool:
+        """Whether questions about images go through `compress`."""
+        return any(isinstance(method, Compressor) for method in self.methods)
+
+    def compress(self, image: Image | Sequence[Image], query: str | None = None) -> CompressedContext:
+        """Read an image once, for many questions; needs a method that does it, such as `context(keep=0.05)`.
+
+        The model describes the image, and what the method keeps of the prompt is what all answers go on from:
+
+            with session.compress(image) as context:
+                context.answer("What colour is the car?")
+                context.answer("How many people are there?")
+
+        `report` then tells what the context holds; its MACs are those of the prefill that read the image.
+
+        Args:
+            image: a PIL image, or several for one prompt.
+            query: what the description is asked for with; None: the method's.
+
+        Raises:
+            CallError: no method of the session compresses, `wrap` got no processor, or the session was removed.
+            DataError: the processor has no chat template.
+        """
+        return contexts.of_image(self, image, query)
+
+    def compress_inputs(self, inputs: Mapping[str, Any]) -> CompressedContext:
+        """As `compress`, for the finished model inputs of one unpadded prompt with an image and the query.
+
+        Questions are put as tokens then: `context.generate(ids)`.
+        """
+        return contexts.of_inputs(self, inputs)
 
     def stats(self) -> Mapping[str, Statistic]:
         """What attention did in the last generation with images, by name, each a tensor with named axes.

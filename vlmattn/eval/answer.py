@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,30 +129,18 @@ class Asker:
         """
         inputs = encode(self.loaded, images, prompts)
         tokenizer = self.loaded.processor.tokenizer
-        extra = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
         saved = self.store.saved_ms if self.store is not None else 0.0
         held = self._begin()
         clock = FirstLogits(torch.device(self.loaded.device), self._words)
-        hook = self.loaded.model.register_forward_hook(clock.look)
         try:
             with torch.inference_mode():
-                tokens = self.loaded.model.generate(
-                    **inputs,
-                    **extra,
-                    max_new_tokens=self.max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    logits_processor=LogitsProcessorList([clock]),
-                )
+                new = self._generate(images, prompts, inputs, clock).cpu()
         except torch.OutOfMemoryError as error:
             raise (out_of_memory(error) or error) from None
-        finally:
-            hook.remove()
-        times = clock.milliseconds(tokens.shape[1] - inputs["input_ids"].shape[1])
+        times = clock.milliseconds(new.shape[1])
         self._end(held)
         times["vision_ms"] = self.store.saved_ms - saved if self.store is not None else 0.0
         times["prefill_ms"] += times["vision_ms"]
-        new = tokens[:, inputs["input_ids"].shape[1] :].cpu()
         report = self.session.report()
         return Answers(
             texts=tokenizer.batch_decode(new, skip_special_tokens=True),
@@ -163,6 +152,28 @@ class Asker:
             inputs=inputs,
             report=report,
         )
+
+    def _generate(self, images: Sequence[Image], prompts: Sequence[str], inputs: Any, clock: FirstLogits) -> Tensor:
+        """The new tokens (B, n), under the clock."""
+        with self._timed(clock) as options:
+            tokens = self.loaded.model.generate(**inputs, **options)
+        return tokens[:, inputs["input_ids"].shape[1] :]
+
+    @contextmanager
+    def _timed(self, clock: FirstLogits) -> Iterator[dict[str, Any]]:
+        """Inside, the clock hears the model; gives the options of a greedy generation."""
+        pad = self.loaded.processor.tokenizer.pad_token_id
+        hook = self.loaded.model.register_forward_hook(clock.look)
+        try:
+            yield {
+                **({} if pad is None else {"pad_token_id": pad}),
+                "max_new_tokens": self.max_new_tokens,
+                "do_sample": False,
+                "num_beams": 1,
+                "logits_processor": LogitsProcessorList([clock]),
+            }
+        finally:
+            hook.remove()
 
     def _begin(self) -> int:
         """Start watching memory; returns how many bytes the store holds on the device."""

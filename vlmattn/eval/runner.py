@@ -295,14 +295,14 @@ def visual_tokens(loaded: Loaded, bench: Benchmark) -> int:
     import statistics
 
     from vlmattn import wrap
-    from vlmattn.eval.answer import Asker
+    from vlmattn.eval.contexts import asker_of
 
     names = list(dict.fromkeys(item.image for item in bench.items))[:8]
     images = [image for image in (_open(bench, name) for name in names) if not isinstance(image, str)]
     if not images:
         raise DataError(f"none of the first images can be read: {_open(bench, names[0])}")
     with wrap(loaded.model, "none", processor=loaded.processor) as session:
-        ask = Asker(loaded, session, max_new_tokens=1)
+        ask = asker_of(loaded, session, max_new_tokens=1)
         return statistics.median_low(
             ask([image], [bench.items[0].question]).report.visual_tokens[0] for image in images
         )
@@ -416,7 +416,7 @@ def _answer(loaded: Loaded, job: Job, settings: Settings, store: VisionStore | N
     import torch
 
     from vlmattn import wrap
-    from vlmattn.eval.answer import Asker
+    from vlmattn.eval.contexts import asker_of
 
     torch.manual_seed(settings.seed)
     what, about = identity(loaded, job.bench, job.spec, settings), info(loaded, job.bench, settings)
@@ -430,8 +430,8 @@ def _answer(loaded: Loaded, job: Job, settings: Settings, store: VisionStore | N
         if any(item.id not in folder.ids for item in job.items):
             with wrap(loaded.model, job.spec, processor=loaded.processor) as session:
                 # Nothing of the warm-up goes into the store: its features took longer than later ones.
-                _warm_up(job, Asker(loaded, session, settings.max_new_tokens), settings.batch_size)
-                ask = Asker(loaded, session, settings.max_new_tokens, store)
+                _warm_up(job, asker_of(loaded, session, settings.max_new_tokens), settings.batch_size)
+                ask = asker_of(loaded, session, settings.max_new_tokens, store)
                 run_items(job.bench, job.items, ask, folder, settings.batch_size, progress, job.name)
             peak = max((number for number in (peak, ask.peak_memory_bytes) if number is not None), default=None)
         elif progress:

@@ -52,7 +52,13 @@ def _scores(scores: Tensor, request: Request, edit: AttnEdit) -> Tensor:
         scores = torch.where(tag == group, scores * factor, scores)
     boosted = scores + edit.logit_strength * scores.abs()
     scores = torch.where((tag == VISUAL) | (tag == VISUAL_SINK), boosted, scores)
-    return scores if edit.bias is None else scores + edit.bias[:, None, None, :]
+    if edit.bias is not None:
+        scores = scores + edit.bias[:, None, None, :]
+    queries, keys = scores.shape[-2:]
+    itself = torch.eye(keys, dtype=torch.bool, device=scores.device)[keys - queries :]
+    for group in edit.hide:
+        scores = torch.where((tag == group) & ~itself, -torch.inf, scores)
+    return scores
 
 
 def _edited(p: Tensor, mass: list[Tensor], member: list[Tensor], edit: AttnEdit) -> Tensor:

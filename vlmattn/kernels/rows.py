@@ -89,6 +89,10 @@ def probabilities(
     scores = (picked.float() @ key.float().transpose(-1, -2)).mul_(scaling).view(batch, heads, count, keys)
     if request.edit is not None and request.edit.maps_scores:
         mapped = map_scores(scores, request.tag, request.edit)
+        if request.edit.hide:
+            own = torch.arange(keys, device=key.device) == (rows + keys - length)[:, None]
+            unseen = hidden(request.tag, request.edit)[:, None, None] & ~own
+            mapped = mapped.masked_fill(unseen, -torch.inf)
         scores = torch.where(touched(request, rows)[:, None, :, None], mapped, scores)
     allowed = (request.tag < len(GROUPS))[:, None, None, :]
     if mask is not None and mask.ndim == 4:
@@ -111,6 +115,11 @@ def map_scores(scores: Tensor, tag: Tensor, edit: AttnEdit) -> Tensor:
         visual = ((tag == VISUAL) | (tag == VISUAL_SINK))[:, None, None, :]
         scores = torch.where(visual, scores + edit.logit_strength * scores.abs(), scores)
     return scores if edit.bias is None else scores + edit.bias[:, None, None, :]
+
+
+def hidden(tag: Tensor, edit: AttnEdit) -> Tensor:
+    """`(B, S)` bool, keys of the groups that the edited rows do not see."""
+    return torch.isin(tag, torch.tensor(edit.hide, dtype=tag.dtype, device=tag.device))
 
 
 def _per_key(values: tuple[float, ...], tag: Tensor) -> Tensor:

@@ -64,6 +64,10 @@ class Method(ABC):
     title: ClassVar[str]
     paper: ClassVar[str]
     kind: ClassVar[str]
+    caution: ClassVar[str] = ""
+    """What users should be told once, in words that follow the method's text; empty: nothing."""
+    through: ClassVar[str] = ""
+    """The call of the session that it acts through, where a plain `generate` cannot; empty: it acts everywhere."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -80,6 +84,10 @@ class Method(ABC):
         """The same method with its strength at the value that changes nothing; None if it has no strength, so that only
         leaving it out (None is a spec of nothing) disables it."""
         raise NotImplementedError(f"{type(self).__name__} must implement disabled()")
+
+    def parts(self, num_layers: int) -> tuple[Method, ...]:
+        """What is installed for it in a model of `num_layers` layers: itself, unless it is made of others."""
+        return (self,)
 
     def expected_tokens(self, visual: int, num_layers: int, grid: tuple[int, int, int] | None = None) -> list[int]:
         """Visual tokens in each decoder layer for one image, without running a model; methods that drop none: all.

@@ -21,6 +21,8 @@ class Evictor(Checks, Method):
     """
 
     kind: ClassVar[str] = "prune"
+    whole: ClassVar[bool] = False
+    """Whether it chooses among all tokens of the prompt, so that nothing else may drop any."""
 
     def layers(self, num_layers: int) -> Sequence[int]:
         """The decoder layers whose caches it decides about."""

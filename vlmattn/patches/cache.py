@@ -8,7 +8,7 @@ mask by it, so it reports the logical length. Every short layer takes its column
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -128,6 +128,23 @@ def check_plain(cache: Any) -> None:
         )
 
 
+def check_layers(cache: Any, skipped: Collection[int]) -> None:
+    """Refuse a conversation in which other layers were left out than now.
+
+    Raises:
+        CallError: a layer that runs has an empty cache, or one that is left out has not.
+    """
+    layers = getattr(cache, "layers", ())
+    if not layers or not isinstance(layers[0], DynamicLayer) or is_empty(cache):
+        return
+    empty = {index for index, layer in enumerate(layers) if not layer.is_initialized}
+    if empty != {index for index in skipped if index < len(layers)}:
+        raise CallError(
+            f"the cache holds a conversation without layers {sorted(empty)}, now {sorted(skipped)} are left out: "
+            "start a fresh cache and pass the whole conversation"
+        )
+
+
 def forget(cache: Any) -> None:
     """Drop the plan of an earlier prompt from an empty cache."""
     if isinstance(cache, PlannedCache):
@@ -225,7 +242,9 @@ def _cut_stage(
 
 
 def _cut_layer(layer: Any, slots: torch.Tensor, size: int) -> None:
-    """Keep `slots` `(B, M)` of the first `size` keys and values of a layer, and all behind them."""
+    """Keep `slots` `(B, M)` of the first `size` keys and values of a layer, and all behind them; an empty one stays."""
+    if not layer.is_initialized:
+        return
     behind = torch.arange(size, layer.keys.shape[2], device=slots.device).expand(len(slots), -1)
     places = torch.cat([slots, behind], 1)[:, None, :, None].to(layer.keys.device)
     for name in ("keys", "values"):

@@ -91,8 +91,8 @@ class Engine:
         self._stack = ExitStack()
         self.methods: tuple[Method, ...] = tuple(methods)
         self.program = self._compile(methods)
-        self._told = self._told_embeddings = False
-        self._tell_inactive()
+        self._told: set[str] = set()
+        self._tell()
 
     # Installing and undoing
 
@@ -129,7 +129,7 @@ class Engine:
         before = self.methods, self.program
         self.methods, self.program = tuple(methods), program
         try:
-            self._tell_inactive()
+            self._tell()
         except VlmattnWarning:  # warnings may be errors
             self.methods, self.program = before
             raise
@@ -156,6 +156,8 @@ class Engine:
         plain = {name: getattr(self.multimodal, name) for name in self.family.feature_methods}
         with ExitStack() as stack:
             stack.callback(registration.remove)
+            for index in self.program.skipped:
+                self._replace(stack, self.layers[index], "forward", _pass_through)
             for index in self.program.heads:
                 projection = operator.attrgetter(self.family.output_projection)(self.layers[index])
                 hook = functools.partial(self._on_heads, index)
@@ -185,30 +187,24 @@ class Engine:
                     self._replace(stack, self.multimodal, name, outermost(original, behind, self._local))
             self._setup = stack.pop_all()
 
-    def _tell_inactive(self) -> None:
-        """Say, once a session, that methods which work on sinks do nothing because the checkpoint has none."""
-        if self.program.sink_dims != () or self._told:
-            return
-        self._told = True
-        idle = ", ".join(str(method) for method in self.methods if "sink_dims" in method.needs)
-        name = getattr(self.config, "_name_or_path", "") or "this model"
-        name = Path(name).name if Path(name).is_dir() else name
-        warnings.warn(
-            f"{idle} does nothing on {name!r}: this checkpoint has no visual sinks, says its preset",
-            VlmattnWarning,
-            stacklevel=4,
-        )
-
-    def _tell_embeddings(self) -> None:
-        """Say, once a session, that a prompt given as embeddings cannot be looked at."""
-        if not self._told_embeddings:
-            self._told_embeddings = True
-            warnings.warn(
-                "a prompt came as inputs_embeds without pixels: visual tokens are found by their ids, so that the "
-                "methods do nothing for it; pass input_ids and pixel_values",
-                VlmattnWarning,
-                stacklevel=2,
+    def _tell(self) -> None:
+        """Say what users of these methods should know: cautions, and that the checkpoint has no sinks to work on."""
+        for method in self.methods:
+            if method.caution and not method.is_noop:
+                self._warn(method.name, f"{method} {method.caution}")
+        if self.program.sink_dims == ():
+            idle = ", ".join(str(method) for method in self.methods if "sink_dims" in method.needs)
+            name = getattr(self.config, "_name_or_path", "") or "this model"
+            name = Path(name).name if Path(name).is_dir() else name
+            self._warn(
+                "sinks", f"{idle} does nothing on {name!r}: this checkpoint has no visual sinks, says its preset"
             )
+
+    def _warn(self, about: str, said: str) -> None:
+        """A warning, once a session; where warnings are errors it counts as said."""
+        if about not in self._told:
+            self._told.add(about)
+            warnings.warn(said, VlmattnWarning, stacklevel=5)
 
     def remove(self) -> None:
         """Undo everything; the model is bit for bit what it was."""
@@ -289,17 +285,41 @@ class Engine:
             ahead = max(call.ids.shape[1] - (self._local.__dict__.get("prompt_length") or call.ids.shape[1]), 0)
             plan = read_prompt(self.family, self.config, call.ids, ahead, arguments, seen)
             if plan is not None:
+                self._check_through()
                 if self.program.compares:
                     plan.paired = self._pair(call.ids, plan)
                 live, changed = begin_prefill(self, plan, arguments)
                 self.last = live.plan
                 return self._enter(live, changed)
         plan = caches.plan_of(arguments.get("past_key_values"))
+        if self.program.changes or plan is not None:
+            caches.check_layers(arguments.get("past_key_values"), self.program.skipped)
         if plan is None and self.program.acts and call is not None and call.ids is None:
-            self._tell_embeddings()
+            self._warn(
+                "embeddings",
+                "a prompt came as inputs_embeds without pixels: visual tokens are found by their ids, so that the "
+                "methods do nothing for it; pass input_ids and pixel_values",
+            )
         if plan is not None:
             return self._enter(*begin_decode(plan, self.program, self.decoder, arguments))
         return None
+
+    def _check_through(self) -> None:
+        """Refuse a plain prompt with an image where a method acts through a call of the session only."""
+        method = next((method for method in self.program.methods if method.through), None)
+        if method is not None and not self._local.__dict__.get("inside_call"):
+            raise CallError(
+                f"{method} cannot act in a plain forward or generate: call {method.through}, or session.remove() first"
+            )
+
+    @contextmanager
+    def inside_call(self) -> Iterator[None]:
+        """Inside, methods that act through a call of the session are in it, in this thread."""
+        self._local.inside_call = True
+        try:
+            yield
+        finally:
+            self._local.inside_call = False
 
     def _pair(self, ids: Tensor, plan: Plan) -> Paired:
         """The question of every row of `ids`, embedded by the text tower."""
@@ -405,3 +425,8 @@ class Engine:
             return original(*args, **kwargs)
 
         return generate
+
+
+def _pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A decoder layer that is left out."""
+    return hidden_states

@@ -141,6 +141,14 @@ def decide(watching: Watching, cache: Any) -> None:
         _note(plan, view, eviction, done.get(view.layer))
 
 
+def remembered(evictor: Evictor, cache: Any, num_layers: int) -> list[CacheView]:
+    """What a method sees between two passes of the layers that it decides about: what it left there, and no scores."""
+    plan: Plan = cache.plan
+    watching = Watching({}, plan.length - plan.prompt, 0)
+    layers = [layer for layer in evictor.layers(num_layers) if layer not in plan.skipped]
+    return [_view(watching, layer, plan, num_layers) for layer in layers]
+
+
 def _note(plan: Plan, view: CacheView, eviction: Eviction, done: tuple[Stage, Tensor] | None) -> None:
     """Keep in the plan what a decision hides, and its state, for the slots that are left."""
     layer, real, hide, state = view.layer, view.real, eviction.hide, eviction.state

@@ -77,7 +77,7 @@ class Pass:
         core = self._core(index, stage, hidden, changed.get("attention_mask"))
         if core is not None:
             changed["attention_mask"] = core.mask
-        work = self._work(index, stage, hidden, changed, core)
+        work = None if index in self.program.skipped else self._work(index, stage, hidden, changed, core)
         if work is not None:
             changed[PRIVATE] = work
         elif stage is None and turn is None and core is None and index not in self.plan.added:
@@ -228,7 +228,8 @@ class Pass:
         else:
             tag = torch.nn.functional.pad(tag, (0, self.new), value=TEXT)
             tag = tag if core is None else core.tags(tag)
-            rows = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            edited = editor is None or editor.edit().generated
+            rows = torch.full(hidden.shape[:2], edited, dtype=torch.bool, device=hidden.device)
         last = -1 - self.plan.ahead if self.program.record else None
         return Request(tag, active, rows, None if editor is None else editor.edit(), last)
 
@@ -249,6 +250,8 @@ def _edited_rows(editor: Editor | None, plan: Plan, stage: Stage | None) -> Tens
     slots = frame(plan, stage)
     real, visual = slots.real, slots.imagery
     if editor is None:
+        return torch.zeros_like(real)
+    if editor.edit().rows == "generated":
         return torch.zeros_like(real)
     if editor.edit().rows == "last":
         return query_rows("last", "", plan, stage) & visual.any(1, keepdim=True)
@@ -279,6 +282,7 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
             "prefill; start with a fresh cache and pass the whole conversation"
         )
     _check_mask(arguments.get("attention_mask"))
+    plan.skipped = frozenset(program.skipped)
     if "text_stream" in program.needs:
         plan = streams.double(plan, arguments)
     live = Pass(plan, program, engine.decoder, prefill=True)
@@ -352,6 +356,6 @@ def begin_decode(
         if entry.shift is not None:
             positions = positions - entry.shift.to(positions.device)[:, None]
         arguments["position_ids"] = positions
-    watching = Watching(program.evictors, logical + queries - plan.prompt, queries)
+    watching = Watching({} if plan.closed else program.evictors, logical + queries - plan.prompt, queries)
     new = logical + queries - plan.length
     return Pass(plan, program, decoder, prefill=False, new=new, watching=watching), arguments

@@ -9,11 +9,15 @@ from typing import Any
 
 from vlmattn import presets
 from vlmattn.cost import Dims
-from vlmattn.errors import SpecError, UnsupportedModelError
+from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
 from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Selector
 from vlmattn.methods.cache import Evictor
+from vlmattn.methods.skipper import Skipper
 from vlmattn.patches.families.base import CAPABILITIES, Family
 from vlmattn.patches.selection import Turn
+
+DEEPSTACK_LAYERS = 3
+"""Where visual features are added again inside the decoder, it is behind so many first layers."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Program:
         editors: by edited layer.
         heads: by reinforced layer.
         evictors: by the layer from whose cache they evict.
+        skipped: by layer that is left out.
         sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
         record: whether statistics are kept.
         backend: attention backend; None: the fastest.
@@ -34,6 +39,7 @@ class Program:
     editors: dict[int, Editor] = field(default_factory=dict)
     heads: dict[int, HeadGain] = field(default_factory=dict)
     evictors: dict[int, Evictor] = field(default_factory=dict)
+    skipped: dict[int, Skipper] = field(default_factory=dict)
     sink_dims: tuple[int, ...] | None = None
     record: bool = False
     backend: str | None = None
@@ -41,7 +47,7 @@ class Program:
     @property
     def changes(self) -> bool:
         """Whether anything of the model's computation changes."""
-        return bool(self.pruners or self.editors or self.heads or self.evictors)
+        return bool(self.pruners or self.editors or self.heads or self.evictors or self.skipped)
 
     @property
     def acts(self) -> bool:
@@ -51,7 +57,7 @@ class Program:
     @property
     def methods(self) -> list[Method]:
         """The installed methods; one with several stages or layers as often."""
-        tables = (self.editors, self.heads, self.evictors)
+        tables = (self.editors, self.heads, self.evictors, self.skipped)
         return [*(turn.pruner for turn in self.pruners.values()), *(m for table in tables for m in table.values())]
 
     @property
@@ -86,7 +92,7 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
         UnsupportedModelError: a method requires what the model has not.
     """
     program = Program()
-    for method in methods:
+    for method in (part for whole in methods for part in whole.parts(dims.num_layers)):
         turns: list[Any]
         if isinstance(method, Selector):
             table: dict[int, Any] = program.pruners
@@ -100,6 +106,9 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
             turns = [method] * len(layers)
         elif isinstance(method, Evictor):
             table, layers, act = program.evictors, list(method.layers(dims.num_layers)), "evict from the cache of"
+            turns = [method] * len(layers)
+        elif isinstance(method, Skipper):
+            table, layers, act = program.skipped, list(method.skipped(dims.num_layers)), "leave out"
             turns = [method] * len(layers)
         else:
             raise SpecError(f"{method} is of kind {method.kind!r}, which this version cannot install")
@@ -115,9 +124,61 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
     if shrinking and program.evictors:
         evictor = next(iter(program.evictors.values()))
         raise SpecError(f"{shrinking[0]} and {evictor} both shorten caches: leave shrink_early_layers off")
+    _check_whole(program)
+    _leave_out(program, family)
     if "sink_dims" in program.needs:
         program = dataclasses.replace(program, sink_dims=presets.sink_dims(config))
     return program
+
+
+def _check_whole(program: Program) -> None:
+    evictors = dict.fromkeys(program.evictors.values())
+    for evictor in evictors:
+        pruners = [turn.pruner for turn in program.pruners.values()]
+        others = [method for method in (*pruners, *evictors) if method is not evictor]
+        if evictor.whole and others:
+            raise SpecError(
+                f"{evictor} chooses among all tokens of the prompt, and {others[0]} drops some of them: leave one of "
+                "them out"
+            )
+
+
+def _leave_out(program: Program, family: Family) -> None:
+    """Drop what methods would do in layers that are left out.
+
+    Raises:
+        LayerError: such a layer must stay, or is all that a method has.
+    """
+    for layer, skipper in program.skipped.items():
+        if layer == 0:
+            raise LayerError(f"{skipper}: layer 0 must stay, its cache tells how long the conversation is")
+        if family.deepstack and layer < DEEPSTACK_LAYERS:
+            raise LayerError(
+                f"{skipper}: {family.name} adds visual features behind its first {DEEPSTACK_LAYERS} layers, so that "
+                f"layer {layer} must stay: leave out later ones"
+            )
+    for layer, turn in program.pruners.items():
+        source = _source(turn.pruner, layer)
+        if source in program.skipped:
+            raise LayerError(
+                f"{turn} before layer {layer} reads the attention of layer {source}, which "
+                f"{program.skipped[source]} leaves out: give one of them other layers"
+            )
+    tables: tuple[dict[int, Any], ...] = (program.editors, program.heads, program.evictors)
+    for table in tables:
+        methods = set(map(str, table.values()))
+        for layer in program.skipped.keys() & table.keys():
+            del table[layer]
+        if idle := methods - set(map(str, table.values())):
+            raise LayerError(f"{', '.join(idle)} acts only in layers that are left out: give it other layers")
+
+
+def _source(pruner: Selector, layer: int) -> int | None:
+    """The layer whose attention a pruner reads before `layer`, or None."""
+    if pruner.attention is not None and pruner.attention.layer == "upcoming":
+        return layer
+    reads = pruner.attention is not None or "layer_keys" in pruner.needs
+    return layer - 1 if reads else None
 
 
 def _check_capabilities(method: Selector, family: Family, has: frozenset[str]) -> None:

@@ -48,6 +48,7 @@ class Family:
             one pixel tensor per image.
         has_cls: whether the vision tower has a CLS token.
         rope: `1d` or `mrope`.
+        position_state: attributes of the multimodal model that say, after a prefill, where later positions go on.
         deepstack: the argument of the text model with features that it adds to its visual rows again, a tensor
             `(visual tokens of the batch, C)` for each of its first layers; "": it adds none.
         grid_rule: how the visual tokens of an image lie, in words.
@@ -90,6 +91,7 @@ class Family:
     vision_tower: str = "model.vision_tower"
     projector: str = "model.multi_modal_projector"
     deepstack: str = ""
+    position_state: tuple[str, ...] = ()
     tower_parts: Callable[[Any, Any, Any], TowerParts] | None = None
 
     def part(self, model: nn.Module, name: str) -> nn.Module:

@@ -31,6 +31,7 @@ register(
         tower_parts=functools.partial(native.tower_parts, frames=True, pixels=(HALF, HALF)),
         query=("self_attn.q_proj", "self_attn.q_norm"),
         key=("self_attn.k_proj", "self_attn.k_norm"),
+        position_state=("rope_deltas",),
         wrapper_ids=("vision_start_token_id", "vision_end_token_id"),
         vision_tower="model.visual",
         projector="model.visual.merger",
