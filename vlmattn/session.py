@@ -116,6 +116,8 @@ class Session:
             raise CallError("nothing to report: no prompt with an image has gone through this session yet")
         dtype = next(self._engine.text_model.parameters()).dtype
         report = reports.build(plan, self.spec, self._engine.family.name, self._engine.dims, dtype.itemsize)
+        if (clock := self._engine.program.clock) is not None:
+            report = dataclasses.replace(report, selection_ms=1e3 * clock.seconds)
         if not plan.steps:
             return report
         mass = collect(plan, self._engine.dims.num_layers)["visual_mass"].mean("sample", "head")
@@ -129,6 +131,15 @@ class Session:
         """
         self._alive()
         self._engine.configure(self.methods, record=on)
+
+    def time_selection(self, on: bool = True) -> None:
+        """Start (or stop) measuring how long choosing tokens takes, from the next prompt on: `report().selection_ms`.
+
+        That is the time of what pruners do beside the model's own pass: looks inside the vision tower, scores and
+        decisions, not the gathering of what is left. On a GPU every part of it is waited for, which slows the prefill.
+        """
+        self._alive()
+        self._engine.configure(self.methods, timed=on)
 
     def use_backend(self, name: str | None) -> None:
         """Compute attention edits by a named backend: `rows` (fast) or `reference` (naive, for comparison); None: the

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from vlmattn import presets
 from vlmattn.cost import Dims
@@ -13,6 +16,7 @@ from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
 from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Selector
 from vlmattn.methods.cache import Evictor
 from vlmattn.methods.skipper import Skipper
+from vlmattn.patches.clock import Clock
 from vlmattn.patches.families.base import CAPABILITIES, Family
 from vlmattn.patches.selection import Turn
 
@@ -33,6 +37,7 @@ class Program:
         sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
         record: whether statistics are kept.
         backend: attention backend; None: the fastest.
+        clock: adds up the time that choosing takes, if it is to be known.
     """
 
     pruners: dict[int, Turn] = field(default_factory=dict)
@@ -43,6 +48,11 @@ class Program:
     sink_dims: tuple[int, ...] | None = None
     record: bool = False
     backend: str | None = None
+    clock: Clock | None = None
+
+    def timed(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, time on `device` counts as that of choosing tokens."""
+        return nullcontext() if self.clock is None else self.clock.running(device)
 
     @property
     def changes(self) -> bool:

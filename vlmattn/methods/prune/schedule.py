@@ -11,8 +11,8 @@ n_(l-1). Scores: attention received in the layer before, mean over heads and ove
 There is no released code; everything the abstract leaves open is our choice: the curve, the rows of the score, tokens
 counted from those of the image as it came, and that b is solved with the layers before the first prunable one at
 their full size, so that `keep` is the average over all layers (one that no such curve has is refused); what rounding
-leaves over goes to the deepest layer that can take it. Layers prune together in groups of `group`, by the group's mean share; `rank_once` ranks at the first
-stage and keeps to that order.
+leaves over goes to the deepest layer that can take it. Layers prune together in groups of `group`, by the group's mean
+share; `rank_once` ranks at the first stage and keeps to that order.
 """
 
 from __future__ import annotations

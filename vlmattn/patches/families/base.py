@@ -149,9 +149,8 @@ def gray_values(
 ) -> Tensor:
     """The mean of red, green and blue in [0, 255] of normalised `pixels`, whose dimension `channels` has the three.
 
-    A model's config does not say how its processor normalises. Where that is not by `mean` and `std`, the family's, the
-    values are scaled and shifted, and so histograms of them coarser or finer; the models of `vlmattn.scenes`, whose
-    processors take 0.5 for all six, are such.
+    A model's config does not say how its processor normalises; where no processor is known either, `mean` and `std` are
+    the family's.
     """
     shape = (3, *[1] * (pixels.ndim - channels - 1))
     center, spread = (torch.tensor(x, device=pixels.device).view(shape) for x in (mean, std))
