@@ -70,7 +70,11 @@ RULES = (
         ("torch", "transformers"),
     ),
     Rule("layers", (*WORDS, "check", "session", "methods", "patches.families"), ("torch", "PIL")),
-    Rule("check", (*WORDS, "chat", "spec", "proof", "patches.families"), ("torch", "transformers", "PIL")),
+    Rule(
+        "check",
+        (*WORDS, "chat", "spec", "proof", "patches.families", "patches.text_tower"),
+        ("torch", "transformers", "PIL"),
+    ),
     Rule(
         "bench",
         ("", *WORDS, "spec", "session", "cost", "kernels", "methods", "check", "scenes"),

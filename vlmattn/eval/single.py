@@ -66,10 +66,10 @@ def picture(name: str, question: str | None, world: str) -> tuple[Image, str]:
 
 def ask(loaded: Loaded, spec: str, label: str, image: Image, question: str, max_new_tokens: int) -> Told:
     """Answer under one spec; asked twice, the second time is the one that is timed."""
-    from vlmattn import wrap
     from vlmattn.eval.contexts import asker_of
+    from vlmattn.eval.models import wrapped
 
-    with wrap(loaded.model, spec, processor=loaded.processor) as session:
+    with wrapped(loaded, spec) as session:
         asker_of(loaded, session, max_new_tokens)([image], [question])
         told = asker_of(loaded, session, max_new_tokens)([image], [question])
         geometry = session.geometry([image], told.inputs)[0]
