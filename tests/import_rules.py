@@ -59,7 +59,7 @@ RULES = (
     Rule("context", (*WORDS, "chat", "session", "methods", "patches"), ("torch", "PIL")),
     Rule(
         "session",
-        (*WORDS, "plan", "cost", "report", "spec", "methods", "patches", "kernels", "context"),
+        (*WORDS, "chat", "plan", "cost", "report", "spec", "methods", "patches", "kernels", "context"),
         ("torch", "PIL"),
     ),
     Rule("discover", (*WORDS, "presets", "methods", "patches", "scenes"), None),

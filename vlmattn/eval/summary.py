@@ -180,7 +180,7 @@ def row(
         folder=run.folder,
         score=run.scorer.numbers(run.tally, run.items, run.failed),
         intervals=intervals,
-        cost=run.cost,
+        cost=run.cost if baseline is None else _beside(run.cost, baseline.cost),
         failed=run.failed,
         note="; ".join(notes),
         role=role,
@@ -271,6 +271,15 @@ def _answered_by_both(baseline: Run, run: Run) -> tuple[Tally, Tally, int]:
         for entry in (baseline, run)
     )
     return first, second, len(answered[0] ^ answered[1])
+
+
+def _beside(cost: Mapping[str, Any], base: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The cost of a method that made the images smaller, beside the prompt as the baseline has it; others unchanged."""
+    answered = cost.get("questions")
+    if not answered or answered != base.get("questions") or cost["visual_tokens"] >= base["visual_tokens"]:
+        return cost
+    full = {name: base[name] for name in ("prompt_tokens", "visual_tokens", "kv_bytes_full", "prefill_macs_full")}
+    return {**cost, **full, "prefill_macs_ratio": cost["prefill_macs"] / full["prefill_macs_full"]}
 
 
 def _idle(baseline: Run, run: Run) -> list[str]:

@@ -97,9 +97,9 @@ def _prefill(loaded: Loaded, spec: str, images: Sequence[Image], prompt: str) ->
     from vlmattn.eval.answer import encode
     from vlmattn.eval.models import wrapped
 
-    with wrapped(loaded, spec) as session, torch.inference_mode():
+    with wrapped(loaded, spec) as session, session.images(images) as seen, torch.inference_mode():
         session.time_selection()
-        inputs = encode(loaded, images, [prompt] * len(images))
+        inputs = encode(loaded, seen, [prompt] * len(images))
         _wait(loaded)
         start = time.perf_counter()
         out = loaded.model(**inputs, use_cache=True, logits_to_keep=1)

@@ -294,6 +294,12 @@ class Engine:
                 if self.program.acts:
                     raise CallError("features do not tell how the tokens of an image lie: pass pixel_values instead")
                 return None
+            if self.program.resizer is not None and not self._local.__dict__.get("resized"):
+                raise CallError(
+                    f"{self.program.resizer} changes images before the processor sees them, and these inputs were made "
+                    "without it: use session.answer(image, text), or make the inputs and call the model inside "
+                    "`with session.images(pictures) as smaller`"
+                )
             ahead = max(call.ids.shape[1] - (self._local.__dict__.get("prompt_length") or call.ids.shape[1]), 0)
             plan = read_prompt(self.family, self.config, call.ids, ahead, arguments, seen)
             if plan is not None:
@@ -354,6 +360,16 @@ class Engine:
             yield
         finally:
             self._local.questions = before
+
+    @contextmanager
+    def resized(self) -> Iterator[None]:
+        """Inside, this thread's images went through the installed resizer."""
+        before = self._local.__dict__.get("resized", False)
+        self._local.resized = True
+        try:
+            yield
+        finally:
+            self._local.resized = before
 
     def _enter(self, live: Pass, changed: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if live.busy:

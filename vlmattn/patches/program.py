@@ -13,7 +13,7 @@ import torch
 from vlmattn import presets
 from vlmattn.cost import Dims
 from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
-from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Selector
+from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Resizer, Selector
 from vlmattn.methods.cache import Evictor
 from vlmattn.methods.skipper import Skipper
 from vlmattn.patches.clock import Clock
@@ -34,6 +34,7 @@ class Program:
         heads: by reinforced layer.
         evictors: by the layer from whose cache they evict.
         skipped: by layer that is left out.
+        resizer: what changes the images before the processor sees them.
         sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
         record: whether statistics are kept.
         backend: attention backend; None: the fastest.
@@ -45,6 +46,7 @@ class Program:
     heads: dict[int, HeadGain] = field(default_factory=dict)
     evictors: dict[int, Evictor] = field(default_factory=dict)
     skipped: dict[int, Skipper] = field(default_factory=dict)
+    resizer: Resizer | None = None
     sink_dims: tuple[int, ...] | None = None
     record: bool = False
     backend: str | None = None
@@ -104,6 +106,9 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
     program = Program()
     for method in (part for whole in methods for part in whole.parts(dims.num_layers)):
         turns: list[Any]
+        if isinstance(method, Resizer):
+            program = _with_resizer(program, method, family, has)
+            continue
         if isinstance(method, Selector):
             table: dict[int, Any] = program.pruners
             layers, act = list(method.stages(dims.num_layers)), "prune before"
@@ -191,7 +196,16 @@ def _source(pruner: Selector, layer: int) -> int | None:
     return layer - 1 if reads else None
 
 
-def _check_capabilities(method: Selector, family: Family, has: frozenset[str]) -> None:
+def _with_resizer(program: Program, method: Resizer, family: Family, has: frozenset[str]) -> Program:
+    if method.is_noop:
+        return program
+    _check_capabilities(method, family, has)
+    if program.resizer is not None:
+        raise SpecError(f"{program.resizer} and {method} both change the size of images: leave one of them out")
+    return dataclasses.replace(program, resizer=method)
+
+
+def _check_capabilities(method: Selector | Resizer, family: Family, has: frozenset[str]) -> None:
     missing = sorted(method.requires - has)
     if not missing:
         return

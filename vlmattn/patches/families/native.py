@@ -44,6 +44,11 @@ def input_grids(config: Any, inputs: Mapping[str, Any]) -> Sequence[tuple[int, i
     return [(t, h // merge, w // merge) for t, h, w in inputs["image_grid_thw"].tolist()]
 
 
+def token_side(image_processor: Any) -> int:
+    """Pixels along a side of a visual token."""
+    return int(image_processor.patch_size * image_processor.merge_size)
+
+
 def feature_methods(frames: bool = False) -> dict[str, Callable[[Mapping[str, Any]], Sequence[Tensor]]]:
     """Of images and of videos; with `frames` every frame of a video (a temporal patch) counts as an image."""
 
