@@ -48,9 +48,10 @@ def kept_bands(rows: Sequence[Row]) -> str:
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["top", "middle", "bottom"])
     axes.set_xlabel("height in the image; mark: mean row of the kept tokens")
-    whole.colorbar(
-        mesh, ax=axes, label="kept tokens, times an even choice", shrink=min(1.0, 0.2 + 8 / (len(shown) + 8))
-    )
+    shrink = min(1.0, 0.2 + 8 / (len(shown) + 8))
+    scale = whole.colorbar(mesh, ax=axes, label="kept tokens, times an even choice", shrink=shrink)
+    assert scale.solids is not None
+    scale.solids.set_rasterized(False)  # a picture inside the page would be blurred, and need another policy
     file = io.StringIO()
     with rc_context({"svg.hashsalt": "vlmattn"}):
         whole.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,7 +1,7 @@
 """The bench model: genuine classes of a supported family with random weights, large enough that time is arithmetic.
 
-Its vision tower is a token factory, one CLIP layer of width 32 over 2 x 2 pixel patches: the bench is about the
-decoder, and the tower's share is measured and printed beside it.
+Its vision tower is a token factory, two CLIP layers of width 32 over 2 x 2 pixel patches: the bench is about the
+decoder, and the tower's share is measured and printed beside it. Two, because some methods look at the last but one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ IMAGE_ID, PAD_ID, BOS_ID, EOS_ID = 1, 0, 2, 3
 VOCABULARY = 1024
 PATCH = 2
 TOWER_WIDTH = 32
+TOWER_LAYERS = 2
 HEAD_DIM = 64
 TEXT_TOKENS = 60
 MAX_IMAGES = 8
@@ -78,7 +79,7 @@ def build(shape: Shape, seed: int = 0, initializer_range: float = 0.02) -> Any:
     vision = CLIPVisionConfig(
         hidden_size=TOWER_WIDTH,
         intermediate_size=TOWER_WIDTH,
-        num_hidden_layers=1,
+        num_hidden_layers=TOWER_LAYERS,
         num_attention_heads=1,
         image_size=PATCH * shape.side,
         patch_size=PATCH,
