@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import rows as made
+from typer.testing import CliRunner
 
-from vlmattn import spec
+from vlmattn import cli, spec
 from vlmattn.errors import BudgetError, UnsupportedModelError, VlmattnError
 from vlmattn.eval import bench as benches
 from vlmattn.eval import budgets, controls, grid, lineup, markdown, models, place_plots, places, runner, summary, timing
@@ -233,3 +234,21 @@ def test_what_the_cache_holds_is_what_the_formula_says(loaded: models.Loaded, te
 def test_rounds_are_not_negative() -> None:
     with pytest.raises(VlmattnError, match="--rounds -1"):
         runner.Settings(rounds=-1)
+
+
+def test_a_kind_on_the_command_line(tmp_path: Path) -> None:
+    """Both attention edits, unmatched budgets and all: a table, and a file of it where it was wanted."""
+    file = tmp_path / "docs" / "table.md"
+    options = ["--tasks", "random", "--scenes", "1", "--limit", "1", "--max-new-tokens", "1", "--no-controls"]
+    where = ["--out", str(tmp_path / "run"), "--markdown", str(file), "--rounds", "0"]
+    done = CliRunner().invoke(cli.app, ["eval", "--bench", "scenes", "--methods", "attend", *options, *where])
+    assert done.exit_code == 0, done.output
+    labels = [row["label"] for row in json.loads((tmp_path / "run" / "summary.json").read_text())["runs"]]
+    assert labels == ["none", *grid.members("attend")]
+    assert file.read_text() == (tmp_path / "run" / "table.md").read_text() and "existence %" in file.read_text()
+    assert "Controls are missing" in done.output
+
+
+def test_budgets_are_matched_by_keep_or_by_match() -> None:
+    done = CliRunner().invoke(cli.app, ["eval", "--methods", "prune", "--keep", "0.5", "--match", "auto"])
+    assert done.exit_code == 2
