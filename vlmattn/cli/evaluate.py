@@ -232,6 +232,7 @@ def evaluate(
         with common.sweep_progress({entry.spec: entry.label for entry in entries}) as progress:
             rows = runner.sweep(loaded, loaded_bench, entries, folder, settings, progress)
     if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
         write_text(markdown, (folder / summary.MARKDOWN).read_text(encoding="utf-8"))
     console = common.console()
     title = f"{loaded_bench.name}: {loaded_bench.source}"
