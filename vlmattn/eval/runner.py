@@ -220,7 +220,7 @@ def sweep(
     tuned = settings.threshold and YES_NO in _kinds(bench, items).values()
     if tuned and bench.validation is not None:
         jobs[VALIDATION] = _validation(bench.validation(), baseline, out, settings)
-    random, even = (_controls(loaded, bench, entries, name) for name in ("random", "uniform"))
+    matched = _controls(loaded, bench, entries)
     times = timing.measure(loaded, bench, items, specs_run, settings, progress) if settings.rounds else {}
     runs = answer_all(loaded, list(jobs.values()), settings, progress)
     base = runs[baseline.spec]
@@ -231,10 +231,10 @@ def sweep(
         elif entry.refused:
             rows.append(summary.refused(entry.label, entry.refused))
         else:
-            control, uniform = (runs.get(found.get(entry.spec, "")) for found in (random, even))
+            random, even = (runs.get(found.get(entry.spec, "")) for found in matched)
             other = None if entry is baseline else base
             row = summary.row(
-                runs[entry.spec], other, role=entry.role, seed=settings.seed, control=control, uniform=uniform
+                runs[entry.spec], other, role=entry.role, seed=settings.seed, control=random, uniform=even
             )
             rows.append(dataclasses.replace(row, cost={**row.cost, **times.get(entry.spec, {})}))
     shown = [runs[entry.spec] for entry in entries if entry.spec]
@@ -406,12 +406,13 @@ def _entries(specs: Mapping[str, str] | Sequence[Entry]) -> list[Entry]:
     return list(specs)
 
 
-def _controls(loaded: Loaded, bench: Benchmark, entries: Sequence[Entry], name: str) -> dict[str, str]:
-    """Spec of a method -> spec of its random, or uniform, row; images are only counted where there is such a row."""
-    if not any(is_only(entry.spec, name) for entry in entries):
-        return {}
-    layers = loaded.model.config.get_text_config().num_hidden_layers
-    return matching_controls(entries, layers, visual_tokens(loaded, bench), name)
+def _controls(loaded: Loaded, bench: Benchmark, entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """Spec of a method -> spec of its random row, and of its uniform one; images are only counted where it matters."""
+    names = ("random", "uniform")
+    if not any(is_only(entry.spec, name) for entry in entries for name in names):
+        return [{} for _ in names]
+    layers, tokens = loaded.model.config.get_text_config().num_hidden_layers, visual_tokens(loaded, bench)
+    return [matching_controls(entries, layers, tokens, name) for name in names]
 
 
 def _validation(bench: Benchmark, baseline: Entry, out: Path, settings: Settings) -> Job:
