@@ -167,6 +167,7 @@ def test_run_answers_with_and_without_and_draws(tmp_path: Path) -> None:
     assert text.startswith("Where is the") and "none" in text and "of 144" in text and re.search(r"\d [KM]iB", text)
     assert "fastv(keep=0.25, before_layer=2): 36 of 144 kept before layer 2" in text
     assert "uniform(keep=16): 16 of 144 kept before the first layer" in text
+    assert "(of 12 layers); mean row at 0." in text
     assert Image.open(tmp_path / "kept.png").width > 600
 
 

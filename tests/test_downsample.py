@@ -103,7 +103,7 @@ def test_a_smaller_image_and_a_pruner_compose(model: Any, processor: Any) -> Non
 
 
 def test_the_answer_is_that_of_the_model_on_the_smaller_image(model: Any, processor: Any) -> None:
-    from vlmattn.chat import prepare
+    from vlmattn.check import prepare
 
     side = side_of(processor)
     image = picture(8 * side, 8 * side)
@@ -116,7 +116,7 @@ def test_the_answer_is_that_of_the_model_on_the_smaller_image(model: Any, proces
 
 
 def test_inputs_made_without_it_are_refused_by_name(model: Any, processor: Any) -> None:
-    from vlmattn.chat import prepare
+    from vlmattn.check import prepare
 
     inputs = prepare(model, processor, picture(64, 64), QUESTION)
     with vlmattn.wrap(model, "downsample(keep=0.5)", processor=processor) as session:
@@ -169,7 +169,7 @@ def test_its_cost_stands_beside_the_whole_image() -> None:
 def test_a_processor_without_a_chat_template() -> None:
     from types import SimpleNamespace
 
-    from vlmattn.chat import prepare
+    from vlmattn.check import prepare
 
     def refuse(*args: Any, **kwargs: Any) -> str:
         raise ValueError("no template")

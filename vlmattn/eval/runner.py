@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -221,7 +221,8 @@ def sweep(
     if tuned and bench.validation is not None:
         jobs[VALIDATION] = _validation(bench.validation(), baseline, out, settings)
     matched = _controls(loaded, bench, entries)
-    times = timing.measure(loaded, bench, items, specs_run, settings, progress) if settings.rounds else {}
+    with _threads(loaded):
+        times = timing.measure(loaded, bench, items, specs_run, settings, progress) if settings.rounds else {}
     runs = answer_all(loaded, list(jobs.values()), settings, progress)
     base = runs[baseline.spec]
     rows = []
@@ -294,7 +295,7 @@ def answer_all(
             progress(job.name, _done(job), len(job.items))
     shares = settings.share_vision and len(jobs) > 1
     store = VisionStore() if shares else None
-    with _one_thread() if loaded.embedded and loaded.device == "cpu" else nullcontext():
+    with _threads(loaded):
         return {job.name: _answer(loaded, job, settings, store, progress) for job in jobs}
 
 
@@ -505,10 +506,13 @@ def _open(bench: Benchmark, name: str) -> Image | str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _threads(loaded: Loaded) -> Iterator[None]:
     """One CPU thread for a small model: two gain little, and stall many times over when something else wants a core."""
     import torch
 
+    if not loaded.embedded or loaded.device != "cpu":
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

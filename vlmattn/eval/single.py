@@ -98,14 +98,16 @@ def table(told: Sequence[Told]) -> Table:
 
 
 def stage_lines(told: Sequence[Told]) -> list[str]:
-    """One line per pruning stage: method, how many tokens stayed, from which layer on; one for caches that were cut."""
+    """A line per pruning stage: method, how many tokens stayed, from which layer on, how high; one for caches that were
+    cut."""
     lines = []
     for entry in told:
         total = entry.geometry.num_tokens
         for stage in entry.report.stages:
             where = "before the first layer" if stage.before_layer <= 0 else f"before layer {stage.before_layer}"
             kept = len(stage.kept[0][0])
-            lines.append(f"{stage.method}: {kept} of {total} kept {where} (of {entry.report.num_layers} layers)")
+            row = "" if stage.mean_row is None else f"; mean row at {stage.mean_row:.2f} of the height"
+            lines.append(f"{stage.method}: {kept} of {total} kept {where} (of {entry.report.num_layers} layers){row}")
         left = [len(cache.kept[0][0]) for cache in entry.report.caches]
         if left:
             some = f"{left[0]}" if min(left) == max(left) else f"{min(left)} to {max(left)}"

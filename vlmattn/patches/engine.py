@@ -398,7 +398,8 @@ class Engine:
                 cache.batch_select_indices(first)
                 self.last = cache.plan
         if live.watching is not None and live.watching.evictors:
-            decide(live.watching, cache)
+            with self.program.timed(plan.visual.device):
+                decide(live.watching, cache)
         return streams.first_rows(output, plan.samples) if doubled else None
 
     def _on_heads(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
