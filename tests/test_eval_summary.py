@@ -446,7 +446,7 @@ def test_a_sweep_leaves_five_files(tmp_path: Path) -> None:
     rows[1] = dataclasses.replace(rows[1], versus={**rows[1].versus, "mean_f1": pair})
     path = summary.write(tmp_path, bench(), rows, {"model": "m"})
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
-        [summary.CSV, summary.LATEX, summary.PLOT, summary.SUMMARY]
+        [summary.CSV, summary.LATEX, summary.MARKDOWN, summary.PLOT, summary.SUMMARY]
     )
 
     def strict(name: str) -> Any:
