@@ -127,6 +127,14 @@ def test_the_mean_row_and_the_bands_of_kept_tokens() -> None:
     assert frames["kept_row"] == 0.25 and frames["kept_bands"] == pytest.approx([1 / 4] * 4 + [0] * 4)
 
 
+def test_images_of_several_grids_count_every_token_in_its_own_grid() -> None:
+    tiles = {
+        "kept": [{"mask": pack_tokens([0, 1, 10], 12)}],
+        "geometry": {"grid": [1, 2, 2], "more": [{"grid": [1, 4, 2]}]},
+    }
+    assert places.kept_rows([tiles])["kept_row"] == pytest.approx((0.25 + 0.25 + 0.875) / 3)
+
+
 def test_questions_count_alike_and_the_last_stage_counts() -> None:
     first = record([0], [1, 2, 1]) | {"kept": [{"mask": pack_tokens([0, 1], 2)}, {"mask": pack_tokens([0], 2)}]}
     many = [first, record([2, 3], [1, 2, 2]), record([], [1, 2, 2]), {"status": "ok"}]
