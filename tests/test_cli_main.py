@@ -291,8 +291,9 @@ def test_eval_runs_a_grid_with_matched_rows_and_controls(tmp_path: Path) -> None
         ("vhr", "method"),
     ]
     matched = rows("--methods", "fastv(before_layer=3)", "--match", "0.75,0.25", "--controls", "--control-seeds", 2)
-    assert [role for _, role in matched] == ["baseline", "method", "below floor", *["control"] * 5]
-    assert [label.split("(")[0] for label, _ in matched[3:]] == ["random", "random", "noimage", "noimage", "threshold"]
+    assert [role for _, role in matched] == ["baseline", "method", "below floor", *["control"] * 6]
+    names = ["random", "random", "uniform", "noimage", "noimage", "threshold"]
+    assert [label.split("(")[0] for label, _ in matched[3:]] == names
 
 
 def test_eval_names_broken_images_goes_on_and_exits_1(tmp_path: Path) -> None:

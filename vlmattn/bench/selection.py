@@ -12,6 +12,8 @@ from torch import Tensor
 from vlmattn import spec as specs
 from vlmattn.errors import VlmattnError
 from vlmattn.methods.base import Pruner, Selector
+from vlmattn.methods.cache import Evictor
+from vlmattn.methods.compressor import Compressor
 from vlmattn.session import wrap
 
 KEEP = 0.3
@@ -37,11 +39,12 @@ class Choosing:
 
 
 def selectors() -> list[str]:
-    """Every registered pruner that chooses among tokens, with one budget for all that take one."""
+    """Every registered method that chooses among tokens in a prefill, with one budget for all that take one."""
     found = []
     for name, info in specs.registry().items():
-        if issubclass(info.cls, Selector) and not info.cls().is_noop:
-            found.append(f"{name}(keep={KEEP})" if issubclass(info.cls, Pruner) else name)
+        chooses = issubclass(info.cls, Selector | Evictor) and not issubclass(info.cls, Compressor)
+        if chooses and not info.cls().is_noop:
+            found.append(f"{name}(keep={KEEP})" if issubclass(info.cls, Pruner | Evictor) else name)
     return [*found, *ALSO]
 
 

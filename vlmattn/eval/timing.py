@@ -46,13 +46,15 @@ def measure(
         Per spec `prefill_ratio`: median over rounds of its time to the baseline's, vision tower included;
         `selection_ms`: median time that choosing took, for the batch; `selection_share`: median over rounds of that
         time to the baseline's prefill; `kv_exact`: whether the keys and values that one prompt left in the cache are as
-        many bytes as the report's formula says.
+        many bytes as the report's formula says. Specs that answer from compressed contexts, whose questions have no
+        prefill of their own, are left out.
 
     Raises:
         DataError: no image can be read.
         VlmattnError: a spec does not fit the model.
     """
     images, prompt = _batch(bench, items, settings.batch_size)
+    specs = [spec for spec in specs if not _compresses(loaded, spec)]
     exact = {spec: _prefill(loaded, spec, images[:1], prompt)[2] for spec in specs}
     seconds: dict[str, list[float]] = {spec: [] for spec in specs}
     chosen: dict[str, list[float]] = {spec: [] for spec in specs}
@@ -90,6 +92,13 @@ def _batch(bench: Benchmark, items: Sequence[Item], size: int) -> tuple[list[Ima
     if not images:
         raise DataError("none of the images can be read, so that there is nothing to time")
     return images, pope.prompt(items[0].question, bench.prompt)
+
+
+def _compresses(loaded: Loaded, spec: str) -> bool:
+    from vlmattn.eval.models import wrapped
+
+    with wrapped(loaded, spec) as session:
+        return session.compresses
 
 
 def _prefill(loaded: Loaded, spec: str, images: Sequence[Image], prompt: str) -> tuple[float, float, bool]:
