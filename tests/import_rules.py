@@ -59,7 +59,7 @@ RULES = (
     Rule("context", (*WORDS, "chat", "session", "methods", "patches"), ("torch", "PIL")),
     Rule(
         "session",
-        (*WORDS, "plan", "cost", "report", "spec", "methods", "patches", "kernels", "context"),
+        (*WORDS, "chat", "plan", "cost", "report", "spec", "methods", "patches", "kernels", "context"),
         ("torch", "PIL"),
     ),
     Rule("discover", (*WORDS, "presets", "methods", "patches", "scenes"), None),
@@ -70,7 +70,11 @@ RULES = (
         ("torch", "transformers"),
     ),
     Rule("layers", (*WORDS, "check", "session", "methods", "patches.families"), ("torch", "PIL")),
-    Rule("check", (*WORDS, "chat", "spec", "proof", "patches.families"), ("torch", "transformers", "PIL")),
+    Rule(
+        "check",
+        (*WORDS, "chat", "spec", "proof", "patches.families", "patches.text_tower"),
+        ("torch", "transformers", "PIL"),
+    ),
     Rule(
         "bench",
         ("", *WORDS, "spec", "session", "cost", "kernels", "methods", "check", "scenes"),

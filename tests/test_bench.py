@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from vlmattn import cli
-from vlmattn.bench import QUICK, Settings, __main__, gate, result
+from vlmattn.bench import QUICK, Settings, __main__, gate, result, selection
 from vlmattn.bench.cases import PLAIN, Shapes, cases, counting, installed, tagging_var
 from vlmattn.bench.measure import Timing
 from vlmattn.bench.run import run
@@ -57,7 +57,13 @@ def test_a_quick_run_writes_what_is_promised(tmp_path, monkeypatch):
     assert rows["fastv, keep 0.25"]["macs_ratio"] < rows["fastv, keep 0.5"]["macs_ratio"] < 1
     assert rows["var through rows"]["edited_layers"] == QUICK.layers - 3
     assert not any(row["n_n_masks"] for name, row in rows.items() if "vhr" not in name and name != "eager")
+    chosen = {row["spec"]: row for row in record["selection"]}
+    assert [spec for spec in chosen if "refused" in chosen[spec]] == ["cdpruner(keep=0.3)", "recoverable"]
+    assert {"divprune(keep=0.3)", "cdpruner(keep=0.3, relevance=embeddings)", "vflowopt(keep=0.3)"} <= set(chosen)
+    for row in chosen.values():
+        assert "refused" in row or (len(row["raw_s"]) == record["repeats"] and row["share_of_prefill"] > 0)
     page = (tmp_path / "cpu-bench-llava.md").read_text()
+    assert all(f"`{spec}`" in page for spec in chosen) and "text tower" in page
     assert all(f"| {name} |" in page for name in rows) and record["cpu"]["model"] in page
     assert (tmp_path / "cpu-bench-llava.png").stat().st_size > 10_000
 
@@ -117,6 +123,20 @@ def test_summary_by_hand():
     assert row["prefill_ratio"] == 0.5 and row["prefill_ratio_of_medians"] == 0.5
     assert row["saving_realised"] == pytest.approx(0.5 / 0.6)
     assert row["decode_ratio"] == pytest.approx(0.5) and row["prefill_ms"]["median"] == 1000
+
+
+def test_shares_of_choosing_by_hand():
+    choosing = selection.Choosing("fastv", seconds=[0.02, 0.01, 0.09])
+    row = selection.summary(choosing, [1.0, 1.0, 2.0])
+    assert (row["ms"], row["share_of_prefill"], row["largest_share"], row["met"]) == (20.0, 0.02, 0.045, True)
+    slow = selection.summary(selection.Choosing("slow", seconds=[0.04]), [1.0])
+    refused = selection.summary(selection.Choosing("never", refused="no text tower"), [1.0])
+    lines = selection.page([row, slow, refused])
+    assert "Above the bound: `slow`." in lines and "- `never`: no text tower" in lines
+    assert lines.index("| `slow` | 40.0 | 4.00% | 4.00% | no |") < lines.index(
+        "| `fastv` | 20.0 | 2.00% | 4.50% | yes |"
+    )
+    assert "All are below the bound." in selection.page([row])
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def test_run_answers_with_and_without_and_draws(tmp_path: Path) -> None:
     assert text.startswith("Where is the") and "none" in text and "of 144" in text and re.search(r"\d [KM]iB", text)
     assert "fastv(keep=0.25, before_layer=2): 36 of 144 kept before layer 2" in text
     assert "uniform(keep=16): 16 of 144 kept before the first layer" in text
+    assert "(of 12 layers); mean row at 0." in text
     assert Image.open(tmp_path / "kept.png").width > 600
 
 
@@ -290,8 +291,9 @@ def test_eval_runs_a_grid_with_matched_rows_and_controls(tmp_path: Path) -> None
         ("vhr", "method"),
     ]
     matched = rows("--methods", "fastv(before_layer=3)", "--match", "0.75,0.25", "--controls", "--control-seeds", 2)
-    assert [role for _, role in matched] == ["baseline", "method", "below floor", *["control"] * 5]
-    assert [label.split("(")[0] for label, _ in matched[3:]] == ["random", "random", "noimage", "noimage", "threshold"]
+    assert [role for _, role in matched] == ["baseline", "method", "below floor", *["control"] * 6]
+    names = ["random", "random", "uniform", "noimage", "noimage", "threshold"]
+    assert [label.split("(")[0] for label, _ in matched[3:]] == names
 
 
 def test_eval_names_broken_images_goes_on_and_exits_1(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ MULTI = [
     "feather(before_layer=(2, 4))",
     "pyramiddrop(before_layer=(2, 3, 4))",
     "pyramiddrop(ratios=[0.7, 0.4, 0.1], before_layer=(1, 3, 4))",
-    "schedule",
+    "schedule(keep=0.25)",
     "schedule(shares=[1.0, 0.5, 0.5, 0.2, 0.1, 0.1])",
     "sparsevlm",
     "vflowopt(keep=0.3)",

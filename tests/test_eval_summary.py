@@ -440,13 +440,13 @@ def bench() -> Benchmark:
     return Benchmark("toy", (Item("q", "i", "?", "x", "a"),), lambda name: None, SCORER, "abc", "made up")  # type: ignore[arg-type, return-value]
 
 
-def test_a_sweep_leaves_four_files(tmp_path: Path) -> None:
+def test_a_sweep_leaves_five_files(tmp_path: Path) -> None:
     rows = [*sweep(), below_floor()]
     pair = dataclasses.replace(rows[1].versus["mean_f1"], p=math.nan, interval=None)
     rows[1] = dataclasses.replace(rows[1], versus={**rows[1].versus, "mean_f1": pair})
     path = summary.write(tmp_path, bench(), rows, {"model": "m"})
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
-        [summary.CSV, summary.LATEX, summary.PLOT, summary.SUMMARY]
+        [summary.CSV, summary.LATEX, summary.MARKDOWN, summary.PLOT, summary.SUMMARY]
     )
 
     def strict(name: str) -> Any:

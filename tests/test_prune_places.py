@@ -33,6 +33,17 @@ def test_pooling_worked_examples():
     assert centres(5, 2) == [1, 3] and centres(3, 2) == [0, 1] and centres(4, 4) == [0, 1, 2, 3]
 
 
+def test_squares_that_do_not_fill_the_grid_end_in_smaller_ones():
+    """As torch's pooling with ceil_mode: the cells at the edges are of the tokens that they have."""
+    places = [0, 2, 4, 10, 12, 14, 20, 22, 24]
+    assert made(Pool(size=2), 5, 5) == (places, [3.0, 5.0, 6.5, 13.0, 15.0, 16.5, 20.5, 22.5, 24.0])
+    assert made(Pool(size=2, mode="max"), 5, 5) == (places, [6.0, 8.0, 9.0, 16.0, 18.0, 19.0, 21.0, 23.0, 24.0])
+    assert made(Pool(size=2, mode="bilinear"), 5, 5)[0] == places
+    assert made(Pool(size=3), 4, 4) == ([5, 7, 13, 15], [5.0, 7.0, 13.0, 15.0])
+    assert made(Pool(size=9), 2, 3) == ([1], [2.5])
+    assert Pool(size=2).left(35, (1, 5, 7)) == 12 and Pool(size=2).left(27 * 27, (1, 27, 27)) == 196
+
+
 @pytest.mark.parametrize("mode", ["average", "max", "bilinear"])
 def test_pooling_keeps_what_is_constant_and_what_is_not_pooled(mode):
     grid = torch.randn(2, 5, 7, 3)

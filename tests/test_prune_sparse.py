@@ -50,6 +50,27 @@ def test_a_schedule_spends_its_budget(visual, layers, group):
     assert repaired([5, 3, 1], [1, 1, 1], 7, 8) == [5, 1, 1] and repaired([5, 3, 1], [1, 1, 1], 11, 8) == [5, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [
+        ("schedule(keep=0.3, floor=0.5)", "0.5625", "1"),
+        ("schedule(keep=0.5, ceiling=0.25)", "0.1272", "0.3438"),
+        ("schedule(keep=0.05)", "0.1272", "1"),
+        ("schedule(keep=20, floor=0.5)", "0.5625", "1"),
+    ],
+)
+def test_an_average_that_no_curve_has_is_refused(text, low, high):
+    """8 layers, of which the first sees all 400 tokens: between floor and ceiling, and a token a layer."""
+    (method,) = spec.parse(text)
+    with pytest.raises(BudgetError, match=rf"between {low} and {high} of the visual tokens"):
+        method.expected_tokens(400, 8)
+
+
+def test_the_ends_of_what_a_schedule_can_reach_are_reached():
+    for keep, counts in ((0.5625, [400, *[200] * 7]), (1.0 - 1e-12, [400] * 8)):
+        assert Schedule(keep=keep, floor=0.5).expected_tokens(400, 8) == counts
+
+
 def test_shares_are_a_schedule():
     method = Schedule(shares=(1.0, 0.5, 0.5, 0.25))
     assert method.expected_tokens(16, 4) == [16, 8, 8, 4] and method.stages(4) == (1, 3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from test_vision_tower import look
 
 import vlmattn
+from vlmattn.methods.prune.vflowopt import VFlowOpt
 from vlmattn.methods.views import Look
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -70,6 +73,30 @@ def test_an_image_keeps_the_same_tokens_wherever_it_is(family, text):
             model(**given)
             found.append([stage.kept[-1] for stage in session.report().stages])
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, 0.5, 0.5),
+        ({"image_mean": [0.1] * 3, "image_std": [0.9] * 3, "do_normalize": False}, 0.0, 1.0),
+    ],
+)
+def test_entropies_are_those_of_the_pictures_that_the_processor_normalised(monkeypatch, settings, mean, std):
+    """Dark and bright patches of few and of many values; CLIP's constants would push most of them beyond [0, 255]."""
+    seen = []
+    monkeypatch.setattr(VFlowOpt, "softmax", lambda self, entropy, present: seen.append(entropy) or entropy)
+    torch.manual_seed(0)
+    values = torch.randint(0, 256, (1, 1, 28, 28))
+    values[..., :14] = values[..., :14] // 250
+    batch = tiny.single(tiny.prompts("llava"), 0) | {"pixel_values": (values.expand(-1, 3, -1, -1) / 255 - mean) / std}
+    processor = SimpleNamespace(image_processor=SimpleNamespace(**settings))
+    model = tiny.llava()
+    with vlmattn.wrap(model, "vflowopt(keep=0.4, alpha=0.3, threshold=1.0)", processor=processor):
+        model(**batch)
+    patches = values[0, 0].unfold(0, 7, 7).unfold(1, 7, 7).reshape(16, 49)
+    counts = torch.stack([torch.bincount(patch, minlength=256) for patch in patches]) / 49
+    assert torch.allclose(seen[0][0], -torch.xlogy(counts, counts).sum(-1) / math.log(2), atol=1e-4)
 
 
 def test_a_video_and_an_image_in_one_prompt():

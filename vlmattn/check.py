@@ -24,6 +24,8 @@ from vlmattn.proof import FP32_TOLERANCE, HALF_STEPS, NEW_TOKENS, CheckRow, Proo
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from vlmattn.patches.text_tower import TextTower
+
 SUPPORT_HEAD = (
     "| family | class | dtype | attention | transformers | methods | results |\n"
     "| --- | --- | --- | --- | --- | --- | --- |"
@@ -99,6 +101,7 @@ def check(
     *,
     name: str = "",
     new_tokens: int = NEW_TOKENS,
+    text_tower: TextTower | None = None,
 ) -> CheckResult:
     """Prove on one image and one question that `spec` does to `model` what it says, and nothing else.
 
@@ -109,6 +112,7 @@ def check(
         spec: the methods.
         name: of the model, for the result; the default is what its config says.
         new_tokens: greedy tokens that are compared with a recomputation.
+        text_tower: for methods that compare patches with the question.
 
     Raises:
         SpecError: the spec cannot be read.
@@ -116,7 +120,9 @@ def check(
         DataError: the processor has no chat template.
     """
     inputs = prepare(model, processor, image, question)
-    return check_inputs(model, inputs, spec, name=name, new_tokens=new_tokens)
+    return check_inputs(
+        model, inputs, spec, name=name, new_tokens=new_tokens, processor=processor, text_tower=text_tower
+    )
 
 
 def prepare(model: Any, processor: Any, image: Image, question: str) -> Mapping[str, Any]:
@@ -130,7 +136,14 @@ def prepare(model: Any, processor: Any, image: Image, question: str) -> Mapping[
 
 @torch.no_grad()
 def check_inputs(
-    model: Any, inputs: Mapping[str, Any], spec: specs.Spec, *, name: str = "", new_tokens: int = NEW_TOKENS
+    model: Any,
+    inputs: Mapping[str, Any],
+    spec: specs.Spec,
+    *,
+    name: str = "",
+    new_tokens: int = NEW_TOKENS,
+    processor: Any = None,
+    text_tower: TextTower | None = None,
 ) -> CheckResult:
     """As `check`, on finished model inputs of one unpadded prompt; raises CallError if they are more than that."""
     methods = specs.parse(spec)
@@ -139,7 +152,7 @@ def check_inputs(
     mask = inputs.get("attention_mask")
     if ids.shape[0] != 1 or (mask is not None and not bool(mask.bool().all())):
         raise CallError(f"check proves one unpadded prompt at a time, these inputs have {ids.shape[0]} rows or padding")
-    proof = Proof(model, dict(inputs), methods, new_tokens)
+    proof = Proof(model, dict(inputs), methods, new_tokens, processor, text_tower)
     rows = proof.rows()
     return CheckResult(
         model=name or str(getattr(model.config, "_name_or_path", "") or "unnamed"),

@@ -6,6 +6,7 @@ Each is measured on one model and one prompt, against something that shares as l
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from vlmattn.methods.base import Editor, Method, Pruner, Selector
 from vlmattn.methods.cache import Evictor
 from vlmattn.oracle import Gap, compare, footprint, longer, masked
 from vlmattn.patches import families
-from vlmattn.session import Session, wrap
+from vlmattn.session import Session, TextTower, wrap
 
 FP32_TOLERANCE = 1e-4
 """Largest logit difference allowed in fp32, as a share of the largest logit."""
@@ -72,9 +73,19 @@ class Proof:
         inputs: of one prompt.
         methods: to install.
         new_tokens: length of the compared generation.
+        processor, text_tower: as `wrap` takes them.
     """
 
-    def __init__(self, model: Any, inputs: dict[str, Any], methods: Sequence[Method], new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        methods: Sequence[Method],
+        new_tokens: int,
+        processor: Any = None,
+        text_tower: TextTower | None = None,
+    ) -> None:
+        self._wrap = functools.partial(wrap, model, processor=processor, text_tower=text_tower)
         self.model, self.inputs, self.methods, self.new_tokens = model, inputs, tuple(methods), new_tokens
         self.family = families.find(model)
         text_model: Any = self.family.part(model, "text_model")
@@ -142,7 +153,7 @@ class Proof:
             cases["keeping every token"] = [self._keeping_all(method) for method in self.methods]
         worst, wrong = 0.0, []
         for name, methods in cases.items():
-            with wrap(self.model, methods):
+            with self._wrap(methods):
                 forward, generated = self.logits(), self.generate()
             pairs = [(forward, self.plain), (generated[1], plain[1])]
             if not (torch.equal(generated[0], plain[0]) and all(torch.equal(a, b) for a, b in pairs)):
@@ -171,7 +182,7 @@ class Proof:
             return _row(None, None, None, f"{', '.join(changing)} merges or renumbers tokens, which no mask can do")
         if self.attention not in ("sdpa", "eager"):
             return _row(None, None, None, f"{self.attention} takes no mask of this kind: load the model with sdpa")
-        with wrap(self.model, pruners) as session:
+        with self._wrap(pruners) as session:
             pruned = self.logits()
             report = session.report()
         dropped = {stage.before_layer: self._dropped(stage.positions[0]) for stage in report.stages}
@@ -190,7 +201,7 @@ class Proof:
             return _row(None, None, None, "the answer sees less than the prompt did, so one pass cannot show it")
         if any(isinstance(method, Evictor) and not method.is_noop for method in self.methods):
             return _row(None, None, None, "the answer sees less than the prompt did: see eviction = masking")
-        with wrap(self.model, self.methods) as session:
+        with self._wrap(self.methods) as session:
             ids, logits = self.generate()
             decided = _decisions(session)
             with session.prompt(self.inputs["input_ids"].shape[1]):
@@ -224,7 +235,7 @@ class Proof:
             return _row(None, None, None, "tokens are merged or renumbered, which no mask can do")
         if self.attention not in ("sdpa", "eager"):
             return _row(None, None, None, f"{self.attention} takes no mask of this kind: load the model with sdpa")
-        with wrap(self.model, [*pruners, *evictors]) as session:
+        with self._wrap([*pruners, *evictors]) as session:
             ids, logits = self.generate()
             report = session.report()
         prompt, steps = self.inputs["input_ids"].shape[1], logits.shape[0]
@@ -245,9 +256,9 @@ class Proof:
         if not editors:
             return _row(None, None, None, "no method edits attention")
         idle = [method.disabled() if method in editors else method for method in self.methods]
-        with wrap(self.model, idle):
+        with self._wrap(idle):
             without = self.generate()[1]
-        with wrap(self.model, self.methods) as session:
+        with self._wrap(self.methods) as session:
             fast, quick = self.generate()
             session.use_backend("reference")
             naive, slow = self.generate()
@@ -262,7 +273,7 @@ class Proof:
     def undo(self) -> CheckRow:
         """After `remove()` the model has its old logits, hooks, attributes, attention names and registries."""
         try:
-            with wrap(self.model, self.methods) as session:
+            with self._wrap(self.methods) as session:
                 session.record()
                 self.logits()
         finally:

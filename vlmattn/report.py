@@ -23,12 +23,15 @@ class StageReport:
         before_layer: decoder layer whose input is already pruned.
         kept: per sample and image the indices (within the image, raster order) of the visual tokens that are left.
         positions: per sample the prompt columns (padding counted) of all tokens that are left.
+        mean_row: where they stand in the height of the grid, mean over tokens: 0 is the top edge, 1 the bottom edge,
+            and tokens spread evenly have 0.5. None where no grid is known or nothing is left.
     """
 
     method: str
     before_layer: int
     kept: list[list[list[int]]]
     positions: list[list[int]]
+    mean_row: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Report:
         visual_mass: per layer the share of the last prompt token's attention that falls on visual tokens, mean over
             heads and samples, None in a layer that was left out; None unless the session records.
         skipped_layers: decoder layers that were left out; they hold nothing and cost nothing.
+        selection_ms: milliseconds that choosing tokens took, `Session.time_selection`; None unless it is measured.
     """
 
     spec: str
@@ -88,6 +92,7 @@ class Report:
     positions: list[list[int]]
     visual_mass: list[float | None] | None = None
     skipped_layers: list[int] = dataclasses.field(default_factory=list)
+    selection_ms: float | None = None
 
     @property
     def average_visual_tokens(self) -> float:
@@ -118,6 +123,11 @@ class Report:
             lines.append(f"  sample {row}: {self.prompt_tokens[row]} prompt tokens, visual: {shown}")
         if self.skipped_layers:
             lines.append(f"  layers left out          {', '.join(map(str, self.skipped_layers))}")
+        for stage in self.stages:
+            if stage.mean_row is not None:
+                name = stage.method.partition("(")[0]
+                where = f"before layer {stage.before_layer}"
+                lines.append(f"  mean row kept {where:<16} {stage.mean_row:.2f} of the height ({name}; even is 0.50)")
         share = self.kv_bytes / self.kv_bytes_full
         lines.append(f"  visual tokens per layer  {self.average_visual_tokens:.1f}")
         lines.append(f"  KV after prefill         {self.kv_bytes:,} B of {self.kv_bytes_full:,} B ({share:.0%})")
@@ -128,6 +138,8 @@ class Report:
         if self.visual_mass is not None:
             shown = " ".join("-" if mass is None else f"{mass:.2f}" for mass in self.visual_mass)
             lines.append(f"  visual attention by layer {shown}")
+        if self.selection_ms is not None:
+            lines.append(f"  choosing tokens          {self.selection_ms:.3g} ms")
         return "\n".join(lines)
 
 
@@ -165,13 +177,24 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
         kv_bytes_full=sum(kv_bytes(dims, row, bytes_per_value) for row in full),
         prefill_macs=sum(prefill_macs(dims, row) for row in tokens),
         prefill_macs_full=sum(prefill_macs(dims, row) for row in full),
-        stages=[
-            StageReport(stage.method, stage.layer, _kept(plan, stage), _positions(plan, stage)) for stage in plan.stages
-        ],
+        stages=[_stage_report(plan, stage) for stage in plan.stages],
         caches=[_cache(plan, layer, stage) for layer, stage in enumerate(holding) if _is_cut(plan, layer)],
         positions=_positions(plan, plan.stage(dims.num_layers - 1)),
         skipped_layers=sorted(plan.skipped),
     )
+
+
+def _stage_report(plan: Plan, stage: Stage) -> StageReport:
+    kept = _kept(plan, stage)
+    places = []
+    for spans, images in zip(plan.spans, kept, strict=True):
+        for span, tokens in zip(spans, images, strict=True):
+            heights = [
+                (row + 0.5) / h for t, h, w in span.grids for _ in range(t) for row in range(h) for _ in range(w)
+            ]
+            places += [heights[token] for token in tokens if heights]
+    mean = sum(places) / len(places) if places else None
+    return StageReport(stage.method, stage.layer, kept, _positions(plan, stage), mean)
 
 
 def _positions(plan: Plan, stage: Stage | None) -> list[list[int]]:

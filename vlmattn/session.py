@@ -7,17 +7,19 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
+from vlmattn import chat
 from vlmattn import context as contexts
 from vlmattn import report as reports
 from vlmattn import spec as specs
 from vlmattn.context import CompressedContext as CompressedContext
-from vlmattn.errors import AlreadyWrappedError, CallError, SpecError
+from vlmattn.errors import AlreadyWrappedError, BudgetError, CallError, SpecError
 from vlmattn.kernels.dispatch import BACKENDS
-from vlmattn.methods.base import Method
+from vlmattn.methods.base import Method, Resizer
 from vlmattn.methods.compressor import Compressor
 from vlmattn.patches import families as family_registry
 from vlmattn.patches.engine import Engine
@@ -29,6 +31,9 @@ from vlmattn.spans import Geometry
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+BICUBIC = 3
+"""`PIL.Image.Resampling.BICUBIC`; PIL itself is the caller's."""
 
 # weak on both sides: the model's hooks hold the engine, the engine its session, and all three may be collected together
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
@@ -116,6 +121,8 @@ class Session:
             raise CallError("nothing to report: no prompt with an image has gone through this session yet")
         dtype = next(self._engine.text_model.parameters()).dtype
         report = reports.build(plan, self.spec, self._engine.family.name, self._engine.dims, dtype.itemsize)
+        if (clock := self._engine.program.clock) is not None:
+            report = dataclasses.replace(report, selection_ms=1e3 * clock.seconds)
         if not plan.steps:
             return report
         mass = collect(plan, self._engine.dims.num_layers)["visual_mass"].mean("sample", "head")
@@ -129,6 +136,15 @@ class Session:
         """
         self._alive()
         self._engine.configure(self.methods, record=on)
+
+    def time_selection(self, on: bool = True) -> None:
+        """Start (or stop) measuring how long choosing tokens takes, from the next prompt on: `report().selection_ms`.
+
+        That is the time of what pruners do beside the model's own pass: looks inside the vision tower, scores and
+        decisions, not the gathering of what is left. On a GPU every part of it is waited for, which slows the prefill.
+        """
+        self._alive()
+        self._engine.configure(self.methods, timed=on)
 
     def use_backend(self, name: str | None) -> None:
         """Compute attention edits by a named backend: `rows` (fast) or `reference` (naive, for comparison); None: the
@@ -231,6 +247,77 @@ class Session:
         if not found:
             raise CallError("nothing was recorded: call session.record() before generating with an image")
         return found
+
+    @contextmanager
+    def images(self, pictures: Sequence[Image]) -> Iterator[list[Image]]:
+        """The pictures as the installed methods want the processor to see them; inside, prompts about them may run.
+
+        Only methods that act on images (`downsample`) make a difference; without one the pictures come back as they
+        are. Make the inputs from what comes back, and call the model inside:
+
+            with session.images([picture]) as pictures:
+                inputs = processor(images=pictures, text=text, return_tensors="pt")
+                model.generate(**inputs)
+
+        Raises:
+            CallError: `wrap` got no processor, or the session was removed.
+            BudgetError: the processor does not make as few tokens of a picture as its budget says.
+        """
+        self._alive()
+        resizer = self._engine.program.resizer
+        found = list(pictures) if resizer is None else [self._resized(resizer, picture) for picture in pictures]
+        with self._engine.resized():
+            yield found
+
+    def answer(self, image: Image, text: str, **generate_kwargs: Any) -> str:
+        """Ask one question about one image, by the processor's chat template; works with methods that act on images.
+
+        Args:
+            image: RGB.
+            text: the question.
+            generate_kwargs: of `model.generate`, such as `max_new_tokens`.
+
+        Returns:
+            The answer without special tokens.
+
+        Raises:
+            CallError, BudgetError: as `images`.
+            DataError: the processor has no chat template.
+        """
+        self._alive()
+        if self.processor is None:
+            raise CallError("answer needs the processor: call wrap(model, spec, processor=processor)")
+        with self.images([image]) as (picture,):
+            if self.compresses:
+                with self.compress(picture) as context:
+                    return context.answer(text, **generate_kwargs)
+            inputs = chat.encode(self.model, self.processor, [picture], [chat.turn("user", text, 1)])
+            with torch.inference_mode():
+                tokens = cast(Any, self.model).generate(**inputs, **generate_kwargs)
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        return str(self.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+    def _resized(self, resizer: Resizer, picture: Image) -> Image:
+        """A picture in the size that the resizer wants."""
+        side = self._engine.family.token_side
+        if self.processor is None or side is None:
+            raise CallError(f"{resizer} needs the processor: call wrap(model, spec, processor=processor)")
+        images = self.processor.image_processor
+        rows, columns = resizer.cells(*self._grid(picture))
+        smaller = picture.resize((columns * side(images), rows * side(images)), BICUBIC)
+        made = self._grid(smaller)
+        if made != (rows, columns):
+            raise BudgetError(
+                f"{resizer}: of an image for {rows} x {columns} tokens the processor makes {made[0]} x {made[1]}: give "
+                f"a larger `keep`, or lower the processor's smallest size (size={getattr(images, 'size', None)})"
+            )
+        return smaller
+
+    def _grid(self, picture: Image) -> tuple[int, int]:
+        """Rows and columns of visual tokens that the processor makes of a picture."""
+        inputs = self.processor.image_processor(images=[picture], return_tensors="pt")
+        ((_, height, width),) = self._engine.family.input_grids(self._engine.config, inputs)
+        return height, width
 
     def geometry(self, images: Sequence[Image], inputs: Mapping[str, Any]) -> list[Geometry]:
         """The pixels behind the visual tokens.

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from vlmattn import cost
+from vlmattn.bench import selection
 from vlmattn.bench.cases import Case, Shapes, counting, installed
 from vlmattn.bench.gate import GateError
+from vlmattn.bench.selection import Choosing
 from vlmattn.edits import Keep
 from vlmattn.kernels.reference import attention_received
 from vlmattn.scenes import bench_model
@@ -56,11 +58,13 @@ class Measured:
         timings: in the order of the configurations.
         vision: seconds per round of vision tower and projector alone.
         scoring: seconds per round of a FastV score row (all heads, fp32 softmax) and the choice from it.
+        choosing: what every pruner's own work takes.
     """
 
     timings: list[Timing]
     vision: list[float] = field(default_factory=list)
     scoring: list[float] = field(default_factory=list)
+    choosing: list[Choosing] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -75,6 +79,7 @@ def measure(model: Any, shape: bench_model.Shape, cases: list[Case], repeats: in
     for timing in measured.timings:
         say(f"inspecting and warming up: {timing.case.name}")
         inspect(timing, model, inputs)
+    measured.choosing = selection.warm_up(model, inputs, say)
     for number in range(repeats):
         turn = number % len(cases)
         for timing in measured.timings[turn:] + measured.timings[:turn]:
@@ -86,6 +91,9 @@ def measure(model: Any, shape: bench_model.Shape, cases: list[Case], repeats: in
                 timing.decode.append(_decode(model, inputs, out, steps))
         measured.vision.append(_timed(lambda: bench_model.encode_images(model, inputs))[0])
         measured.scoring.append(_scoring(shape))
+        for choosing in measured.choosing:
+            if not choosing.refused:
+                selection.run(choosing, model, inputs)
         last = ", ".join(f"{1000 * timing.prefill[-1]:.0f}" for timing in measured.timings)
         say(f"round {number + 1} of {repeats}: prefill ms {last}")
     return measured

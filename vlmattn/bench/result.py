@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import vlmattn
-from vlmattn.bench import Settings
+from vlmattn.bench import Settings, selection
 from vlmattn.bench.cases import FEW, VAR_CASE
 from vlmattn.bench.measure import Measured, Timing
 from vlmattn.scenes import bench_model
@@ -124,6 +124,7 @@ def record(
             "share_of_prefill": scoring,
             "raw_s": measured.scoring,
         },
+        "selection": [selection.summary(choosing, plain.prefill) for choosing in measured.choosing],
         "targets": [
             _target(f"{FEW}: share of the theoretical saving realised", realised, REALISED, realised >= REALISED),
             _target("scoring, share of the unpruned prefill", scoring, SCORING, scoring < SCORING),
@@ -165,7 +166,7 @@ def markdown(result: dict[str, Any]) -> str:
     for target in result["targets"]:
         met = "yes" if target["met"] else "no"
         lines.append(f"| {target['name']} | {target['measured']:.3f} | {target['wanted']:g} | {met} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *selection.page(result["selection"]), ""])
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from vlmattn.cli import common
-from vlmattn.cli.common import DeviceOption, DtypeOption, ModelOption, VerboseOption, app
+from vlmattn.cli.common import DeviceOption, DtypeOption, ModelOption, TextTowerOption, VerboseOption, app
 
 
 @app.command(
@@ -22,6 +22,7 @@ def check(
     question: Annotated[str | None, typer.Option(help="What to ask. Default: a plain one.")] = None,
     methods: Annotated[str, typer.Option(help="One spec: what is to be proved.")] = "fastv(keep=0.5) + vhr",
     model: ModelOption = None,
+    text_tower: TextTowerOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -41,9 +42,10 @@ def check(
     picture, asked = single.picture(image, question or plain, models.world(name))
     with models.quiet(not verbose):
         with common.status(f"loading {name}"):
-            loaded = models.load(name, dtype, device)
+            loaded = models.load(name, dtype, device, text_tower)
         with common.status("proving"):
-            result = proofs.check(loaded.model, loaded.processor, picture, asked, methods, name=name)
+            tower = loaded.text_tower
+            result = proofs.check(loaded.model, loaded.processor, picture, asked, methods, name=name, text_tower=tower)
     if as_json:
         common.print_json(result.to_dict())
     else:

@@ -89,6 +89,14 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Let the wa
 PresetOption = Annotated[
     Path | None, typer.Option(help="Sink dimensions of the model, in a file that vlmattn discover wrote.")
 ]
+TextTowerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text-tower",
+        metavar="CLIP",
+        help="Hub id or folder of the CLIP model that the vision tower is from, for methods that read the question.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")]
 
 

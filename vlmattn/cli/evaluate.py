@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from vlmattn.cli import common
-from vlmattn.cli.common import DeviceOption, DtypeOption, ModelOption, PresetOption, VerboseOption, app
+from vlmattn.cli.common import DeviceOption, DtypeOption, ModelOption, PresetOption, TextTowerOption, VerboseOption, app
 from vlmattn.errors import DataError
 
 if TYPE_CHECKING:
     from vlmattn.eval.summary import Row
 
+_ROUNDS = 5
 _WHAT, _COMPARED, _HOW = "What is run", "What it is compared with", "How it is run"
 
 
@@ -25,9 +26,10 @@ _WHAT, _COMPARED, _HOW = "What is run", "What it is compared with", "How it is r
     help="A benchmark under several methods: accuracy, intervals, differences and cost in one table.\n\n"
     "The model as it is comes first, and every other row is tested against it. Every answer is kept as raw text in "
     "OUT/METHOD/records.jsonl, safe on the disk as soon as it is counted. OUT gets the table as summary.json, "
-    "table.csv and table.tex, the plot as accuracy.svg, and index.html, a page with everything.",
+    "table.csv, table.md and table.tex, the plot as accuracy.svg, and index.html, a page with everything.",
     epilog="Examples:\n\n"
     'vlmattn eval --bench scenes --methods "fastv; random; uniform" --keep 0.5,0.25 --limit 60\n\n'
+    "vlmattn eval --bench scenes --methods prune --markdown pruners.md\n\n"
     'vlmattn eval --methods "fastv(keep=0.25)" --range before_layer=1..4 --controls\n\n'
     'vlmattn eval --bench scenes --tasks color,digits --methods "fastv; uniform" --match auto\n\n'
     "vlmattn eval --model ORG/MODEL --data pope/ --images val2014/ --methods fastv --keep 0.5 --out runs/mine\n\n"
@@ -36,7 +38,12 @@ _WHAT, _COMPARED, _HOW = "What is run", "What it is compared with", "How it is r
 )
 def evaluate(
     methods: Annotated[
-        str, typer.Option(help="Specs, separated by ';'. One row and one run folder each.", rich_help_panel=_WHAT)
+        str,
+        typer.Option(
+            help="Specs, separated by ';', one row and one run folder each; or a kind, prune or attend: all such "
+            "methods that the model can take.",
+            rich_help_panel=_WHAT,
+        ),
     ] = "fastv",
     keep: Annotated[
         str | None,
@@ -61,7 +68,7 @@ def evaluate(
         typer.Option(
             metavar="LEVELS",
             help="Choose keep so that all leave the same share of visual tokens, averaged over the layers: auto, or "
-            "levels such as 0.75,0.5.",
+            "levels such as 0.75,0.5. Default: auto for a kind of methods without --keep.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -106,20 +113,32 @@ def evaluate(
         ),
     ] = "none",
     with_controls: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--controls",
-            help="Add rows that a method must beat: no image and random tokens at its layer, and for yes/no questions "
-            "a constant bias.",
+            "--controls/--no-controls",
+            help="Add rows that a method must beat: no image, random and evenly spread tokens at its layer, and for "
+            "yes/no questions a constant bias. Default: only for a kind of methods.",
             rich_help_panel=_COMPARED,
         ),
-    ] = False,
+    ] = None,
     control_seeds: Annotated[
         int, typer.Option(help="Draws of random tokens per layer.", min=1, rich_help_panel=_COMPARED)
     ] = 1,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Time a prefill under every row, taking turns, this often. Default: 5 for a kind of methods, else 0: "
+            "not at all.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
     model: ModelOption = None,
+    text_tower: TextTowerOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the sweep. Default: runs/BENCH-MODEL.", rich_help_panel=_HOW)
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the table as markdown to this file, too.", rich_help_panel=_HOW)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions asked at once.", rich_help_panel=_HOW)] = 16,
     max_new_tokens: Annotated[
@@ -156,12 +175,16 @@ def evaluate(
 ) -> None:
     """A benchmark under several methods, in one table. See the command's help."""
     from vlmattn.eval import bench as benches
-    from vlmattn.eval import grid, lineup, models, runner, tabular
+    from vlmattn.eval import grid, lineup, models, runner, summary, tabular
+    from vlmattn.eval.records import write_text
 
     common.use_preset(preset)
     name = model or common.embedded()
     fields = grid.fields(keep, ranges or ())
     specs = lineup.with_baseline(grid.expand(methods, fields), baseline)
+    group = grid.grouped(methods)
+    match = "auto" if group and match is None and not any(grid.fills(name) == "keep" for name in fields) else match
+    with_controls = bool(group) if with_controls is None else with_controls
     levels = None if match is None else lineup.levels(match)
     if levels is not None and (given := [name for name in fields if grid.fills(name) == "keep"]):
         raise DataError(f"--match chooses keep itself; leave the values of {', '.join(given)} out, or --match")
@@ -175,6 +198,7 @@ def evaluate(
         command=runner.command_line(),
         threshold=with_controls,
         share_vision=share_vision,
+        rounds=(_ROUNDS if group else 0) if rounds is None else rounds,
     )
     folder = out or Path("runs") / f"{bench}-{name.strip('/').replace('/', '-')}"
     if scenes is not None and data is not None:
@@ -193,17 +217,23 @@ def evaluate(
     )
     with models.quiet(not verbose):
         with common.status(f"loading {name}"):
-            loaded = models.load(name, dtype, device)
-            runner.check_specs(loaded, specs)
+            loaded = models.load(name, dtype, device, text_tower)
+            members = [spec for spec in specs if spec.partition("(")[0] in group]
+            refused = runner.refusals(loaded, members)
+            runner.check_specs(loaded, [spec for spec in specs if spec not in members])
         entries = lineup.line_up(
             specs,
             num_layers=loaded.model.config.get_text_config().num_hidden_layers,
             visual_tokens=runner.visual_tokens(loaded, loaded_bench) if levels is not None or with_controls else 0,
             levels=levels,
             seeds=control_seeds if with_controls else 0,
+            refused=refused,
         )
         with common.sweep_progress({entry.spec: entry.label for entry in entries}) as progress:
             rows = runner.sweep(loaded, loaded_bench, entries, folder, settings, progress)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        write_text(markdown, (folder / summary.MARKDOWN).read_text(encoding="utf-8"))
     console = common.console()
     title = f"{loaded_bench.name}: {loaded_bench.source}"
     for table in tabular.tables(title, rows, console.width):
@@ -227,5 +257,5 @@ def _end_notes(console: Console, rows: Sequence[Row], folder: Path, controlled: 
             )
     if not controlled and len(rows) > 1:
         console.print("Controls are missing: --controls adds what random tokens and no image reach.", highlight=False)
-    files = "index.html (everything on one page), summary.json, table.csv, table.tex, accuracy.svg"
+    files = "index.html (everything on one page), summary.json, table.md, table.csv, table.tex, accuracy.svg"
     console.print(f"Saved in [bold]{escape(str(folder))}[/]: {files}; a folder per run", highlight=False)

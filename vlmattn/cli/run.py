@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from vlmattn.cli import common
-from vlmattn.cli.common import DeviceOption, DtypeOption, ModelOption, PresetOption, VerboseOption, app
+from vlmattn.cli.common import DeviceOption, DtypeOption, ModelOption, PresetOption, TextTowerOption, VerboseOption, app
 
 
 @app.command(
@@ -26,6 +26,7 @@ def run(
     show: Annotated[Path | None, typer.Option(help="Draw which tokens each stage kept into this picture.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.", min=1)] = 64,
     model: ModelOption = None,
+    text_tower: TextTowerOption = None,
     preset: PresetOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -41,7 +42,7 @@ def run(
     console = common.console()
     with models.quiet(not verbose):
         with common.status(f"loading {name}"):
-            loaded = models.load(name, dtype, device)
+            loaded = models.load(name, dtype, device, text_tower)
         runner.check_specs(loaded, specs)
         with common.status("asking"):
             told = [single.ask(loaded, spec, label, picture, asked, max_new_tokens) for spec, label in specs.items()]

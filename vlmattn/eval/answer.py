@@ -127,16 +127,17 @@ class Asker:
         Raises:
             VlmattnError: the processor has no chat template, the device is full, or a method refuses the call.
         """
-        inputs = encode(self.loaded, images, prompts)
         tokenizer = self.loaded.processor.tokenizer
         saved = self.store.saved_ms if self.store is not None else 0.0
-        held = self._begin()
-        clock = FirstLogits(torch.device(self.loaded.device), self._words)
-        try:
-            with torch.inference_mode():
-                new = self._generate(images, prompts, inputs, clock).cpu()
-        except torch.OutOfMemoryError as error:
-            raise (out_of_memory(error) or error) from None
+        with self.session.images(images) as seen:
+            inputs = encode(self.loaded, seen, prompts)
+            held = self._begin()
+            clock = FirstLogits(torch.device(self.loaded.device), self._words)
+            try:
+                with torch.inference_mode():
+                    new = self._generate(seen, prompts, inputs, clock).cpu()
+            except torch.OutOfMemoryError as error:
+                raise (out_of_memory(error) or error) from None
         times = clock.milliseconds(new.shape[1])
         self._end(held)
         times["vision_ms"] = self.store.saved_ms - saved if self.store is not None else 0.0

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from vlmattn.errors import DataError
+from vlmattn.errors import BudgetError, DataError
 
 IN_MODEL = (0.75, 0.5, 0.35)
 BEFORE_MODEL = (0.5, 0.25, 0.11)
@@ -31,6 +31,7 @@ class Match:
         average: visual tokens per layer that `spec` has; None without a spec.
         floor: the fewest visual tokens per layer that the method can have: its average with a single token kept.
         visual_tokens: of the image that was counted with.
+        refused: why the method has no budget for the level although it is above the floor; "" otherwise.
         label: what tables call it: `spec` with its `keep` even where that is the default; below the floor the method
             without a `keep` and the level, such as "fastv(before_layer=2) at 0.35".
     """
@@ -41,6 +42,7 @@ class Match:
     floor: float
     visual_tokens: int
     label: str
+    refused: str = ""
 
     @property
     def floor_share(self) -> float:
@@ -52,6 +54,8 @@ class Match:
         """What a table says about a level below the floor; "" where the level is reached."""
         if self.level is None or self.spec is not None:
             return ""
+        if self.refused:
+            return f"level {self.level:g} cannot be reached: {self.refused}"
         return (
             f"level {self.level:g} cannot be reached: with its smallest budget the method leaves {self.floor:.4g} of "
             f"{self.visual_tokens} visual tokens a layer on average; the floor is {100 * self.floor_share:.1f} % of "
@@ -82,8 +86,8 @@ def match_average_tokens(
 
     Returns:
         A match per level, in the order of the levels. A level below the method's floor by more than half of what one
-        token more or less changes has no spec. A spec without a budget (no pruner, or one without `keep`, or
-        with a parameter in its place) is one match without a level.
+        token more or less changes has no spec, nor has one for which the method refuses all budgets. A spec without a
+        budget (no pruner, or one without `keep`, or with a parameter in its place) is one match without a level.
 
     Raises:
         DataError: several pruners, a level outside (0, 1], no visual tokens or no layers.
@@ -112,6 +116,13 @@ def match_average_tokens(
     def counts(tokens: int) -> list[int]:
         return at(tokens / visual_tokens)  # a share, which every method takes
 
+    def refusal(tokens: int) -> str:
+        try:
+            counts(tokens)
+        except BudgetError as error:
+            return str(error)
+        return ""
+
     def spec_of(keep: Any) -> str:
         return specs.text(specs.replace(methods, f"{pruners[0].name}.keep", keep))
 
@@ -124,21 +135,40 @@ def match_average_tokens(
         return [Match(None, specs.text(methods), average, average, visual_tokens, specs.text(methods))]
     default = next(field.default for field in dataclasses.fields(pruners[0]) if field.name == "keep")
     bare = spec_of(default)  # a default is not written
-    smallest = counts(1)
+    least = next(
+        tokens for tokens in range(1, visual_tokens + 1) if not refusal(tokens)
+    )  # all of them are never refused
+    smallest = counts(least)
     floor, chosen = fmean(smallest), levels
     if chosen is None:
         chosen = IN_MODEL if smallest[0] == visual_tokens else BEFORE_MODEL
-    step = fmean(counts(min(2, visual_tokens))) - floor
+    more = next((tokens for tokens in range(least + 1, visual_tokens + 1) if not refusal(tokens)), least)
+    step = fmean(counts(more)) - floor
     found = []
     for level in chosen:
         target = level * visual_tokens
         if floor - target > step / 2:
             found.append(Match(level, None, None, floor, visual_tokens, f"{bare} at {level:g}"))
             continue
-        tokens = min(_near(target, visual_tokens, counts), key=lambda n: (abs(fmean(counts(n)) - target), n))
-        keep = next(share for share in _shares(tokens, visual_tokens) if at(share) == counts(tokens))
+        # A budget that is refused is sought on the side where its share says.
+        near = _near(target, least, visual_tokens, lambda n: n if refusal(n) else fmean(counts(n)))
+        allowed = [tokens for tokens in near if not refusal(tokens)]
+        if not allowed:
+            why = refusal(near[len(near) // 2])
+            found.append(Match(level, None, None, floor, visual_tokens, f"{bare} at {level:g}", why))
+            continue
+        tokens = min(allowed, key=lambda n: (abs(fmean(counts(n)) - target), n))
+        keep = next(share for share in _shares(tokens, visual_tokens) if _same(at, share, counts(tokens)))
         found.append(Match(level, spec_of(keep), fmean(counts(tokens)), floor, visual_tokens, label_of(keep)))
     return found
+
+
+def _same(at: Callable[[float], list[int]], share: float, wanted: list[int]) -> bool:
+    """Whether a share is allowed and gives the counts."""
+    try:
+        return at(share) == wanted
+    except BudgetError:
+        return False
 
 
 def takes_keep(method: Any) -> bool:
@@ -159,20 +189,20 @@ def left(total: int, keep: float | int) -> int:
     return pruner.expected_tokens(total, 1)[0]
 
 
-def _near(target: float, most: int, counts: Any) -> range:
+def _near(target: float, least: int, most: int, average: Callable[[int], float]) -> range:
     """Numbers of tokens around the first whose average reaches the target.
 
     Budgets that are only nearly monotone, such as those that fill whole rows of a grid, are off by less than a row.
     """
-    low, high = 1, most
+    low, high = least, most
     while low < high:
         middle = (low + high) // 2
-        if fmean(counts(middle)) < target:
+        if average(middle) < target:
             low = middle + 1
         else:
             high = middle
     row = math.isqrt(most) + 1
-    return range(max(1, low - row), min(most, low + row) + 1)
+    return range(max(least, low - row), min(most, low + row) + 1)
 
 
 def _shares(tokens: int, total: int) -> Iterator[float]:

@@ -54,7 +54,9 @@ class Control(NamedTuple):
         return f"tuned on {self.images} validation image{'' if self.images == 1 else 's'}"
 
 
-def specs_for(specs: Iterable[str], *, num_layers: int, visual_tokens: int, seeds: int = 1) -> dict[str, str]:
+def specs_for(
+    specs: Iterable[str], *, num_layers: int, visual_tokens: int, seeds: int = 1, even: bool = False
+) -> dict[str, str]:
     """Control specs at the layers where the given specs prune.
 
     For every spec with pruners: `random` before the first layer where it prunes, once a seed, with as many visual
@@ -63,18 +65,20 @@ def specs_for(specs: Iterable[str], *, num_layers: int, visual_tokens: int, seed
     stages if each has the average of its `keep`. Editors of attention and methods that evict from the cache are not
     repeated in its controls, and a spec of those alone has none: its prefill sees every token. No random row: pruners
     that are controls themselves or keep everything, those without `keep` that leave a number which depends on the
-    image, and several pruners of which one has another average than its `keep`. The fully blind model,
-    `noimage(before_layer=0)`, is always among them: what it scores, the questions alone give away.
+    image, and several pruners of which one has another average than its `keep`. With `even`, each random row has one of
+    `uniform` tokens beside it. The fully blind model, `noimage(before_layer=0)`, is always among them: what it scores,
+    the questions alone give away.
 
     Args:
         specs: spec texts that are run.
         num_layers: decoder layers of the model, to tell a paper's layer from the depth.
         visual_tokens: of an image, to count what a method leaves.
         seeds: how many random rows.
+        even: whether evenly spread tokens are a control, too.
 
     Returns:
-        Canonical spec text -> label with layer and budget, also where they are the defaults: random rows first, the
-        blind one last, each once, without those that are in `specs` already.
+        Canonical spec text -> label with layer and budget, also where they are the defaults: random rows first, then
+        uniform ones, the blind one last, each once, without those that are in `specs` already.
 
     Raises:
         SpecError, LayerError: a spec cannot be read, or does not fit the depth.
@@ -83,6 +87,7 @@ def specs_for(specs: Iterable[str], *, num_layers: int, visual_tokens: int, seed
 
     parsed = [language.parse(spec) for spec in specs]
     random: list[str] = []
+    spread: list[str] = []
     empty: list[str] = []
     for methods in parsed:
         pruners: list[Any] = [method for method in methods if _has_layer(method) and not method.is_noop]
@@ -96,12 +101,13 @@ def specs_for(specs: Iterable[str], *, num_layers: int, visual_tokens: int, seed
         own = [getattr(pruner, "keep", None) for pruner in pruners]
         if None in keeps or (len(pruners) > 1 and keeps != own):
             continue
-        for seed in range(seeds):
-            stages = zip(pruners, keeps, layers, strict=True)
-            random.append(" + ".join(_random(*stage, seed) for stage in stages))
+        stages = list(zip(pruners, keeps, layers, strict=True))
+        random += [" + ".join(_stand_in("random", *stage, seed) for stage in stages) for seed in range(seeds)]
+        if even:
+            spread.append(" + ".join(_stand_in("uniform", *stage) for stage in stages))
     known = {_resolved(methods, num_layers) for methods in parsed}
     empty = [label for label in empty if label != BLIND]
-    wanted = {resolved(label, num_layers): label for label in (*random, *empty, BLIND)}
+    wanted = {resolved(label, num_layers): label for label in (*random, *spread, *empty, BLIND)}
     return {text: label for text, label in wanted.items() if text not in known}
 
 
@@ -229,11 +235,15 @@ def _keep(pruner: Any, num_layers: int, visual_tokens: int) -> float | int | Non
     return budgets.shortest_share(tokens, visual_tokens) if tokens < visual_tokens else None
 
 
-def _random(pruner: Any, keep: float | int, layer: int, seed: int) -> str:
-    """Spec text of the random stage that stands in for a pruner."""
-    scope = "" if getattr(pruner, "budget_scope", "image") == "image" else f", budget_scope={pruner.budget_scope}"
+def _stand_in(name: str, pruner: Any, keep: float | int, layer: int, seed: int = 0) -> str:
+    """Spec text of the stage, random or uniform, that stands in for a pruner."""
+    scope = (
+        ""
+        if name == "uniform" or getattr(pruner, "budget_scope", "image") == "image"
+        else f", budget_scope={pruner.budget_scope}"
+    )
     draw = f", seed={seed}" if seed else ""
-    return f"random(keep={keep!r}, before_layer={layer}{scope}{draw})"
+    return f"{name}(keep={keep!r}, before_layer={layer}{scope}{draw})"
 
 
 def _check_apart(base: Run, validation: Run) -> None:

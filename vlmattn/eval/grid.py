@@ -30,7 +30,8 @@ def expand(text: str, fields: Mapping[str, Sequence[Any]] | None = None) -> dict
     """The specs in "a; b; c", each once for every combination of the values that it takes.
 
     Args:
-        text: specs, separated by `;`, ranges in them allowed.
+        text: specs, separated by `;`, ranges in them allowed. A kind of methods, such as `prune`, stands for the
+            methods that `members` names.
         fields: parameter -> values. A method takes them if it has the parameter and the spec does not write it; in
             "fastv(keep=0.5) + random" a `keep` goes to random only. "random.keep" speaks of that method alone, and
             goes before a `keep` for all. A spec that takes nothing stays as it is and runs once.
@@ -47,7 +48,7 @@ def expand(text: str, fields: Mapping[str, Sequence[Any]] | None = None) -> dict
     for name, values in wanted.items():
         if not values:
             raise DataError(f"{name} has no values; for instance {name}=0.5,0.25")
-    parts = list(filter(None, map(str.strip, text.split(";"))))
+    parts = [name for part in _parts(text) for name in (members(part) or [part])]
     if not parts:
         raise DataError(f'--methods {text!r} names no method; for instance --methods "none; fastv(keep=0.5)"')
     found: dict[str, str] = {}
@@ -66,6 +67,21 @@ def expand(text: str, fields: Mapping[str, Sequence[Any]] | None = None) -> dict
             ahead = [other for other in wanted if other.rpartition(".")[2] == name and other in taken]
             raise _nobody(name, text, parts, name in written, ahead)
     return found
+
+
+def members(kind: str) -> list[str]:
+    """Names of the methods of a kind that do something by default, in the order of the registry; none of no kind."""
+    return [name for name, info in specs.registry().items() if info.kind == kind and not info.cls().is_noop]
+
+
+def grouped(text: str) -> set[str]:
+    """Names of the methods that "a; b; c" takes only as members of a group, not by themselves."""
+    parts = _parts(text)
+    return {name for part in parts for name in members(part)} - set(parts)
+
+
+def _parts(text: str) -> list[str]:
+    return list(filter(None, map(str.strip, text.split(";"))))
 
 
 def values(text: str, name: str) -> list[Any]:

@@ -20,15 +20,17 @@ class Entry:
 
     Attributes:
         label: what tables call it.
-        spec: canonical spec text; "" for a level below a method's floor, which cannot be run.
+        spec: canonical spec text; "" for what cannot be run: a level that a method does not reach, or a refused one.
         role: what the row is to the sweep.
         below: the level that cannot be reached.
+        refused: why the model cannot take the method; "" if it can.
     """
 
     label: str
     spec: str
     role: Role = "method"
     below: Match | None = None
+    refused: str = ""
 
 
 def with_baseline(specs: Mapping[str, str], baseline: str = "none") -> dict[str, str]:
@@ -75,6 +77,7 @@ def line_up(
     visual_tokens: int = 0,
     levels: Sequence[float] | None = None,
     seeds: int = 0,
+    refused: Mapping[str, str] | None = None,
 ) -> list[Entry]:
     """The rows of a sweep in order.
 
@@ -85,6 +88,7 @@ def line_up(
         levels: average visual tokens per layer to match, as shares; empty for the usual ones of each kind of method,
             None to leave budgets as they are.
         seeds: draws of random tokens for each insertion layer; 0 for no controls.
+        refused: specs that the model cannot take -> why; each is a row that says so.
 
     Raises:
         DataError: a spec with several pruners cannot be matched, or a level is no share.
@@ -94,6 +98,9 @@ def line_up(
     (base, label), *others = specs.items()
     found = [Entry(label, base, "baseline")]
     for spec, label in others:
+        if refused and spec in refused:
+            found.append(Entry(label, "", "refused", refused=refused[spec]))
+            continue
         if levels is None:
             found.append(Entry(label, spec))
             continue
@@ -106,7 +113,7 @@ def line_up(
                 found.append(Entry(label if match.level is None else written_out(match.spec), match.spec))
     if seeds:
         run = [entry.spec for entry in found if entry.spec]
-        extra = controls.specs_for(run, num_layers=num_layers, visual_tokens=visual_tokens, seeds=seeds)
+        extra = controls.specs_for(run, num_layers=num_layers, visual_tokens=visual_tokens, seeds=seeds, even=True)
         found += [Entry(label, spec, "control") for spec, label in extra.items()]
     rows: dict[str, Entry] = {}
     for entry in found:
@@ -114,10 +121,12 @@ def line_up(
     return list(rows.values())
 
 
-def matching_controls(entries: Sequence[Entry], num_layers: int, visual_tokens: int) -> dict[str, str]:
-    """What each method with pruners is to be tested against beside the baseline: its own random row.
+def matching_controls(
+    entries: Sequence[Entry], num_layers: int, visual_tokens: int, name: str = "random"
+) -> dict[str, str]:
+    """What each method with pruners is to be tested against beside the baseline: its own random, or uniform, row.
 
-    That is the row with as many random tokens, on average, from the same layer on and seed 0, as `controls.specs_for`
+    That is the row with as many such tokens, on average, from the same layer on (and seed 0), as `controls.specs_for`
     makes it. It counts whether `--controls` added it or it was typed; the baseline does not, because every row is
     compared with it anyway.
 
@@ -125,9 +134,10 @@ def matching_controls(entries: Sequence[Entry], num_layers: int, visual_tokens: 
         entries: the rows of a sweep, the baseline first.
         num_layers: decoder layers of the model.
         visual_tokens: of an image.
+        name: "random" or "uniform".
 
     Returns:
-        Spec of a method -> spec of its random row; without methods that have none in the sweep.
+        Spec of a method -> spec of its control; without methods that have none in the sweep.
     """
     from vlmattn.eval import controls
 
@@ -136,18 +146,19 @@ def matching_controls(entries: Sequence[Entry], num_layers: int, visual_tokens: 
     for entry in entries:
         if entry.role != "method" or not entry.spec:
             continue
-        for control in controls.specs_for([entry.spec], num_layers=num_layers, visual_tokens=visual_tokens):
-            if control in there and is_random(control):
+        made = controls.specs_for([entry.spec], num_layers=num_layers, visual_tokens=visual_tokens, even=True)
+        for control in made:
+            if control in there and is_only(control, name):
                 found[entry.spec] = there[control]
     return found
 
 
-def is_random(spec: str) -> bool:
-    """Whether a spec is of random pruners alone."""
+def is_only(spec: str, name: str) -> bool:
+    """Whether a spec is of methods of that name alone."""
     from vlmattn import spec as specs
 
     names = [method.name for method in specs.parse(spec)]
-    return bool(names) and set(names) == {"random"}
+    return bool(names) and set(names) == {name}
 
 
 def written_out(spec: str) -> str:

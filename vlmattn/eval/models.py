@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmattn.errors import DataError, VlmattnError, VlmattnWarning, nearest
+
+if TYPE_CHECKING:
+    from vlmattn import Session, TextTower
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SMALL = 32 * 2**20
@@ -27,6 +31,8 @@ class Loaded:
         fingerprint: hub commit, or SHA-256 over the folder; part of a run's identity.
         dtype: dtype of the language model's weights, for instance "float32".
         device: device of its first weight, for instance "cpu".
+        text_tower: `vlmattn.TextTower` for methods that compare patches with the question; None: there is none.
+        text_fingerprint: of the text tower, like `fingerprint`; "" without one.
     """
 
     name: str
@@ -36,6 +42,19 @@ class Loaded:
     fingerprint: str
     dtype: str
     device: str
+    text_tower: TextTower | None = None
+    text_fingerprint: str = ""
+
+
+def wrapped(loaded: Loaded, spec: str) -> Session:
+    """The methods of a spec installed on a loaded model, with all that it was loaded with.
+
+    Raises:
+        VlmattnError: they do not fit it.
+    """
+    from vlmattn import wrap
+
+    return wrap(loaded.model, spec, processor=loaded.processor, text_tower=loaded.text_tower)
 
 
 def is_embedded(name: str) -> bool:
@@ -79,16 +98,20 @@ def check_name(name: str) -> str:
     return name
 
 
-def load(name: str, dtype: str | None = None, device: str | None = None) -> Loaded:
+def load(
+    name: str, dtype: str | None = None, device: str | None = None, text_tower: str | Path | None = None
+) -> Loaded:
     """Load a model and its processor.
 
     Args:
         name: an embedded model's name, a hub id such as "org/model", or a folder.
         dtype: one of `DTYPES`; None means float32 for embedded models, else what the checkpoint says.
         device: a torch device; None means the first GPU if there is one.
+        text_tower: hub id or folder of the CLIP model that the vision tower is from; None: no text tower.
 
     Raises:
         DataError: there is no such model, or it is not an image-text-to-text one; unknown dtype or device.
+        UnsupportedModelError: the text tower is no CLIP model, or that of another vision tower.
     """
     import torch
 
@@ -113,9 +136,9 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
         fingerprint = getattr(model.config, "_commit_hash", None) or _folder_hash(Path(name))
     processor.tokenizer.padding_side = "left"
     weight = model.get_output_embeddings().weight
-    return Loaded(
-        name, model, processor, embedded, fingerprint, str(weight.dtype).removeprefix("torch."), str(weight.device)
-    )
+    kind = str(weight.dtype).removeprefix("torch.")
+    loaded = Loaded(name, model, processor, embedded, fingerprint, kind, str(weight.device))
+    return loaded if text_tower is None else _with_text_tower(loaded, str(text_tower))
 
 
 @contextmanager
@@ -183,6 +206,27 @@ def _pretrained(name: str, dtype: str) -> tuple[Any, Any]:
             f"({type(processor).__name__}); vlmattn needs a vision-language model"
         )
     return model, processor
+
+
+def _with_text_tower(loaded: Loaded, name: str) -> Loaded:
+    """The same with the text tower of a CLIP model, which must have the model's own vision tower."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    from vlmattn import TextTower
+
+    try:
+        clip, tokenizer = CLIPModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            f"cannot load the text tower {name!r}: {reason} (give the hub id or the folder of the CLIP model that the "
+            "vision tower was taken from)"
+        ) from error
+    fingerprint = getattr(clip.config, "_commit_hash", None) or _folder_hash(Path(name))
+    tower = TextTower(clip.to(loaded.device).eval(), tokenizer)
+    found = dataclasses.replace(loaded, text_tower=tower, text_fingerprint=fingerprint)
+    wrapped(found, "none").remove()  # refuses the tower of another model
+    return found
 
 
 def _processor(name: str) -> Any:

@@ -20,7 +20,7 @@ from vlmattn.eval.sentences import (
 from vlmattn.eval.stats import Paired
 from vlmattn.eval.tally import Metric
 
-_ROLES: Mapping[str, Any] = {"method": "", "below floor": "none"}
+_ROLES: Mapping[str, Any] = {"method": "", "below floor": "none", "refused": "none"}
 
 
 def accuracy_table(
@@ -100,13 +100,21 @@ def cost_table(rows: Sequence[summary.Row], *, title: str = "Cost") -> page.Tabl
         page.Column("per token", "ms a question"),
         page.Column("in all", "ms a question"),
         *([page.Column("peak memory", "GPU")] if memory else []),
+        *(page.Column(title) for title in tabular.extra_columns(rows)),
     ]
     notes = [
         "Tokens, MACs and bytes are exact, means over questions. Times are medians over the full batches of one run on "
         "this machine, vision tower included, divided by the batch size, whatever else the machine was doing: trust "
         "large differences only."
     ]
-    body = [dataclasses.replace(_line(row, cost_cells(row.cost, memory)), invalid="") for row in rows]
+    notes += tabular.timing_notes(rows)
+    extra = tabular.extra_columns(rows).values()
+    body = [
+        dataclasses.replace(
+            _line(row, [*cost_cells(row.cost, memory), *(_stacked(text(row.cost)) for text in extra)]), invalid=""
+        )
+        for row in rows
+    ]
     return page.Table(title, columns, body, notes=notes)
 
 
@@ -210,6 +218,14 @@ def _control_cell(row: summary.Row, metric: Metric) -> page.Cell:
 def _line(row: summary.Row, cells: Sequence[page.Cell], notes: Sequence[str] = ()) -> page.Row:
     role = _ROLES.get(row.role, row.role)
     return page.Row([page.Cell(row.label, value=row.label), *cells], role, row.invalid, notes)
+
+
+def _stacked(text: str) -> page.Cell:
+    """A cell of the terminal's tables: what is in brackets stands below."""
+    value, _, rest = text.partition(" (")
+    if value == "-":
+        return _none()
+    return page.Cell(value, [rest.rstrip(")")] if rest else [], float(value.split()[0]))
 
 
 def _none() -> page.Cell:

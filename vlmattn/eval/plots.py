@@ -159,7 +159,7 @@ def draw(graphs: Sequence[Graph], columns: int = 2) -> str:
     file = io.StringIO()
     with rc_context({"svg.hashsalt": "vlmattn"}):
         figure(graphs, columns).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return _bare(file.getvalue())
+    return bare(file.getvalue())
 
 
 def figure(graphs: Sequence[Graph], columns: int = 2) -> Figure:
@@ -472,7 +472,7 @@ def _read(entry: Row) -> tuple[str, Mapping[str, str]]:
     return entry.label, {}
 
 
-def _bare(svg: str) -> str:
+def bare(svg: str) -> str:
     """The <svg> element alone, scaling with the page, without metadata that names other sites."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)

@@ -13,20 +13,20 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vlmattn.errors import DataError
+from vlmattn.errors import DataError, VlmattnError
 from vlmattn.eval import records as run_records
 from vlmattn.eval import summary
 from vlmattn.eval.bench import describe_words
 from vlmattn.eval.benchmarks import pope
 from vlmattn.eval.items import Benchmark, Item, some
-from vlmattn.eval.lineup import Entry, is_random, matching_controls, written_out
+from vlmattn.eval.lineup import Entry, is_only, matching_controls, written_out
 from vlmattn.eval.records import RunFolder
 from vlmattn.eval.runs import Run, check_records
 
@@ -86,6 +86,7 @@ class Settings:
         threshold: add the threshold control: the baseline also answers yes/no questions of the validation split, on
             which a constant bias is tuned.
         share_vision: compute vision features once for all specs that allow it.
+        rounds: how often every prefill is timed beside the baseline's, see `timing.measure`; 0: not at all.
     """
 
     limit: int | None = None
@@ -96,12 +97,15 @@ class Settings:
     command: str = ""
     threshold: bool = False
     share_vision: bool = True
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"--{name.replace('_', '-')} {value} must be 1 or more")
+        if self.rounds < 0:
+            raise DataError(f"--rounds {self.rounds} must be 0 (no timing) or more")
         check_seed(self.seed)
 
 
@@ -200,7 +204,7 @@ def sweep(
         VlmattnError: a spec does not fit the model (asked for all specs before the first run), or a folder holds
         another run.
     """
-    from vlmattn.eval import controls, views
+    from vlmattn.eval import controls, timing, views
 
     entries = _entries(specs)
     baseline, *_ = entries
@@ -212,20 +216,28 @@ def sweep(
         for entry in entries
         if entry.spec
     }
+    specs_run = list(jobs)
     tuned = settings.threshold and YES_NO in _kinds(bench, items).values()
     if tuned and bench.validation is not None:
         jobs[VALIDATION] = _validation(bench.validation(), baseline, out, settings)
-    random = _random_rows(loaded, bench, entries)
+    matched = _controls(loaded, bench, entries)
+    with _threads(loaded):
+        times = timing.measure(loaded, bench, items, specs_run, settings, progress) if settings.rounds else {}
     runs = answer_all(loaded, list(jobs.values()), settings, progress)
     base = runs[baseline.spec]
     rows = []
     for entry in entries:
         if entry.below is not None:
             rows.append(summary.below_floor(entry.below, entry.label))
+        elif entry.refused:
+            rows.append(summary.refused(entry.label, entry.refused))
         else:
+            random, even = (runs.get(found.get(entry.spec, "")) for found in matched)
             other = None if entry is baseline else base
-            matched = runs[random[entry.spec]] if entry.spec in random else None
-            rows.append(summary.row(runs[entry.spec], other, role=entry.role, seed=settings.seed, control=matched))
+            row = summary.row(
+                runs[entry.spec], other, role=entry.role, seed=settings.seed, control=random, uniform=even
+            )
+            rows.append(dataclasses.replace(row, cost={**row.cost, **times.get(entry.spec, {})}))
     shown = [runs[entry.spec] for entry in entries if entry.spec]
     notes = _others(out, [job.folder for job in jobs.values()])
     if tuned:
@@ -241,7 +253,8 @@ def sweep(
             shown.append(control.run)
     if notes:
         rows[0] = dataclasses.replace(rows[0], note="; ".join(filter(None, (rows[0].note, *notes))))
-    about = {"model": loaded.name, "settings": identity(loaded, bench, "", settings), **versions()}
+    made = identity(loaded, bench, "", settings)
+    about = {"model": loaded.name, "command": settings.command, "settings": made, **versions()}
     summary.write(out, bench, rows, about)
     views.write_sweep(out, bench, rows, shown, about)
     return rows
@@ -282,7 +295,7 @@ def answer_all(
             progress(job.name, _done(job), len(job.items))
     shares = settings.share_vision and len(jobs) > 1
     store = VisionStore() if shares else None
-    with _one_thread() if loaded.embedded and loaded.device == "cpu" else nullcontext():
+    with _threads(loaded):
         return {job.name: _answer(loaded, job, settings, store, progress) for job in jobs}
 
 
@@ -294,14 +307,14 @@ def visual_tokens(loaded: Loaded, bench: Benchmark) -> int:
     """
     import statistics
 
-    from vlmattn import wrap
     from vlmattn.eval.contexts import asker_of
+    from vlmattn.eval.models import wrapped
 
     names = list(dict.fromkeys(item.image for item in bench.items))[:8]
     images = [image for image in (_open(bench, name) for name in names) if not isinstance(image, str)]
     if not images:
         raise DataError(f"none of the first images can be read: {_open(bench, names[0])}")
-    with wrap(loaded.model, "none", processor=loaded.processor) as session:
+    with wrapped(loaded, "none") as session:
         ask = asker_of(loaded, session, max_new_tokens=1)
         return statistics.median_low(
             ask([image], [bench.items[0].question]).report.visual_tokens[0] for image in images
@@ -310,10 +323,21 @@ def visual_tokens(loaded: Loaded, bench: Benchmark) -> int:
 
 def check_specs(loaded: Loaded, specs: Iterable[str]) -> None:
     """Install and remove every spec once, so that a mistake in the last one is told before hours of the first."""
-    from vlmattn import wrap
+    from vlmattn.eval.models import wrapped
 
     for spec in specs:
-        wrap(loaded.model, spec, processor=loaded.processor).remove()
+        wrapped(loaded, spec).remove()
+
+
+def refusals(loaded: Loaded, specs: Iterable[str]) -> dict[str, str]:
+    """The specs that the model cannot take -> why."""
+    found = {}
+    for spec in specs:
+        try:
+            check_specs(loaded, [spec])
+        except VlmattnError as error:
+            found[spec] = str(error)
+    return found
 
 
 def identity(loaded: Loaded, bench: Benchmark, spec: str, settings: Settings) -> dict[str, Any]:
@@ -326,6 +350,7 @@ def identity(loaded: Loaded, bench: Benchmark, spec: str, settings: Settings) ->
         "spec": spec,
         "sink_dims": None if preset is None else preset["sink_dims"],
         "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype},
+        **({"text_tower": loaded.text_fingerprint} if loaded.text_fingerprint else {}),
         "device": loaded.device.split(":")[0],
         "bench": bench.name,
         "data": {"sha256": bench.sha256, "limit": settings.limit, **world},
@@ -382,12 +407,13 @@ def _entries(specs: Mapping[str, str] | Sequence[Entry]) -> list[Entry]:
     return list(specs)
 
 
-def _random_rows(loaded: Loaded, bench: Benchmark, entries: Sequence[Entry]) -> dict[str, str]:
-    """Spec of a method -> spec of its random row; images are only counted where there is a random row."""
-    if not any(is_random(entry.spec) for entry in entries):
-        return {}
-    layers = loaded.model.config.get_text_config().num_hidden_layers
-    return matching_controls(entries, layers, visual_tokens(loaded, bench))
+def _controls(loaded: Loaded, bench: Benchmark, entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """Spec of a method -> spec of its random row, and of its uniform one; images are only counted where it matters."""
+    names = ("random", "uniform")
+    if not any(is_only(entry.spec, name) for entry in entries for name in names):
+        return [{} for _ in names]
+    layers, tokens = loaded.model.config.get_text_config().num_hidden_layers, visual_tokens(loaded, bench)
+    return [matching_controls(entries, layers, tokens, name) for name in names]
 
 
 def _validation(bench: Benchmark, baseline: Entry, out: Path, settings: Settings) -> Job:
@@ -415,8 +441,8 @@ def _done(job: Job) -> int:
 def _answer(loaded: Loaded, job: Job, settings: Settings, store: VisionStore | None, progress: Progress | None) -> Run:
     import torch
 
-    from vlmattn import wrap
     from vlmattn.eval.contexts import asker_of
+    from vlmattn.eval.models import wrapped
 
     torch.manual_seed(settings.seed)
     what, about = identity(loaded, job.bench, job.spec, settings), info(loaded, job.bench, settings)
@@ -428,7 +454,7 @@ def _answer(loaded: Loaded, job: Job, settings: Settings, store: VisionStore | N
             folder.forget_failed()
         peak = _peak_before(folder)
         if any(item.id not in folder.ids for item in job.items):
-            with wrap(loaded.model, job.spec, processor=loaded.processor) as session:
+            with wrapped(loaded, job.spec) as session:
                 # Nothing of the warm-up goes into the store: its features took longer than later ones.
                 _warm_up(job, asker_of(loaded, session, settings.max_new_tokens), settings.batch_size)
                 ask = asker_of(loaded, session, settings.max_new_tokens, store)
@@ -480,10 +506,13 @@ def _open(bench: Benchmark, name: str) -> Image | str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _threads(loaded: Loaded) -> Iterator[None]:
     """One CPU thread for a small model: two gain little, and stall many times over when something else wants a core."""
     import torch
 
+    if not loaded.embedded or loaded.device != "cpu":
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -66,10 +66,10 @@ def picture(name: str, question: str | None, world: str) -> tuple[Image, str]:
 
 def ask(loaded: Loaded, spec: str, label: str, image: Image, question: str, max_new_tokens: int) -> Told:
     """Answer under one spec; asked twice, the second time is the one that is timed."""
-    from vlmattn import wrap
     from vlmattn.eval.contexts import asker_of
+    from vlmattn.eval.models import wrapped
 
-    with wrap(loaded.model, spec, processor=loaded.processor) as session:
+    with wrapped(loaded, spec) as session:
         asker_of(loaded, session, max_new_tokens)([image], [question])
         told = asker_of(loaded, session, max_new_tokens)([image], [question])
         geometry = session.geometry([image], told.inputs)[0]
@@ -98,14 +98,16 @@ def table(told: Sequence[Told]) -> Table:
 
 
 def stage_lines(told: Sequence[Told]) -> list[str]:
-    """One line per pruning stage: method, how many tokens stayed, from which layer on; one for caches that were cut."""
+    """A line per pruning stage: method, how many tokens stayed, from which layer on, how high; one for caches that were
+    cut."""
     lines = []
     for entry in told:
         total = entry.geometry.num_tokens
         for stage in entry.report.stages:
             where = "before the first layer" if stage.before_layer <= 0 else f"before layer {stage.before_layer}"
             kept = len(stage.kept[0][0])
-            lines.append(f"{stage.method}: {kept} of {total} kept {where} (of {entry.report.num_layers} layers)")
+            row = "" if stage.mean_row is None else f"; mean row at {stage.mean_row:.2f} of the height"
+            lines.append(f"{stage.method}: {kept} of {total} kept {where} (of {entry.report.num_layers} layers){row}")
         left = [len(cache.kept[0][0]) for cache in entry.report.caches]
         if left:
             some = f"{left[0]}" if min(left) == max(left) else f"{min(left)} to {max(left)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlmattn.errors import DataError
+from vlmattn.eval import places
 from vlmattn.eval import records as run_records
 from vlmattn.eval.items import Benchmark
 from vlmattn.eval.tally import Metric, Tally
@@ -19,23 +20,24 @@ if TYPE_CHECKING:
     from vlmattn.eval.runs import Run
     from vlmattn.eval.stats import Paired
 
-Role = Literal["baseline", "method", "control", "below floor"]
+Role = Literal["baseline", "method", "control", "below floor", "refused"]
 _DESCRIBED = ("key", "title", "group", "headline", "better", "percent")
 """What a metric and its paired test have in common; summary.json says it once."""
 SUMMARY, CSV, LATEX, PLOT = "summary.json", "table.csv", "table.tex", "accuracy.svg"
+MARKDOWN, PLACES = "table.md", "kept_rows.svg"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a sweep, or a level that a method cannot reach.
+    """One run of a sweep, or what cannot be run: a level that a method does not reach, or a method that is refused.
 
     Attributes:
         label: what tables call it.
-        spec: canonical spec text; "" below a floor.
-        folder: the run folder; "" below a floor.
-        score: `vlmattn.eval.tally.Scorer.numbers` of the run; empty below a floor.
+        spec: canonical spec text; "" of what cannot be run.
+        folder: the run folder; "" of what cannot be run.
+        score: `vlmattn.eval.tally.Scorer.numbers` of the run; empty of what cannot be run.
         intervals: metric key -> (low, high) at 95 %, None where there are too few images; empty without scipy.
-        cost: what `cost_of` found, plus `peak_memory_bytes` on a GPU.
+        cost: what `cost_of` found, plus `peak_memory_bytes` on a GPU and what `timing.measure` found, if it was asked.
         failed: id -> error of the records without an answer.
         note: what a reader must know: why intervals are missing, or what the floor is.
         role: what the row is to the sweep.
@@ -46,6 +48,8 @@ class Row:
         control: label of the row with random tokens, as many on average from the same layer on; "" if there is none.
         versus_control: metric key -> the difference to that row with its test.
         images: metric key -> how many images it is about.
+        uniform: label of the row with evenly spread tokens, matched in the same way; "" if there is none.
+        versus_uniform: metric key -> the difference to that row with its test.
     """
 
     label: str
@@ -64,6 +68,8 @@ class Row:
     control: str = ""
     versus_control: Mapping[str, Paired] = field(default_factory=dict)
     images: Mapping[str, int] = field(default_factory=dict)
+    uniform: str = ""
+    versus_uniform: Mapping[str, Paired] = field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
         """The metric of that key in its own unit (a share is 0 to 1); None where it is absent or undefined."""
@@ -73,7 +79,7 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; what is the same for all rows, the metrics and what describes them, is left out."""
         found = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "metrics"}
-        for tests in ("versus", "versus_control"):
+        for tests in ("versus", "versus_control", "versus_uniform"):
             found[tests] = {
                 key: {name: value for name, value in pair.items() if name not in _DESCRIBED}
                 for key, pair in found[tests].items()
@@ -91,6 +97,7 @@ def cost_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         included), `prefill_ms_per_question`, `vision_ms` (the part of `prefill_ms` that was charged for vision features
         taken from a store), `ms_per_token` (a later step of a batch; None when no answer has two tokens), and the mean
         `new_tokens` (steps of a batch until its last answer ended).
+        `kept_row` and `kept_bands` as `places.kept_rows` finds them.
         `ms_per_question` is the measured cost that plots show: `prefill_ms_per_question + ms_per_token *
         (new_tokens - 1) / batch_size`. Empty but for `questions` when nothing was answered.
     """
@@ -121,7 +128,7 @@ def cost_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     result["new_tokens"] = statistics.fmean(batch["new_tokens"] for batch in batches)
     decode = (result["ms_per_token"] or 0.0) * max(0.0, result["new_tokens"] - 1) / full
     result["ms_per_question"] = result["prefill_ms_per_question"] + decode
-    return result
+    return result | places.kept_rows(good)
 
 
 def row(
@@ -132,6 +139,7 @@ def row(
     label: str | None = None,
     seed: int = 0,
     control: Run | None = None,
+    uniform: Run | None = None,
 ) -> Row:
     """Score a run, with intervals and, against a baseline, paired tests and the collapse guard.
 
@@ -142,16 +150,17 @@ def row(
         label: what tables call it; the run's own label if None.
         seed: of the resampling.
         control: the run with random tokens that a pruning method is also compared with.
+        uniform: the run with evenly spread tokens that it is also compared with.
     """
     from vlmattn.eval import controls, stats
 
     intervals: Mapping[str, tuple[float, float] | None] = {}
-    tests: dict[str, dict[str, Paired]] = {"baseline": {}, "control": {}}
+    tests: dict[str, dict[str, Paired]] = {"baseline": {}, "control": {}, "uniform": {}}
     notes: list[str] = []
     collapsed: dict[str, str] = {}
     try:
         intervals = stats.intervals(run.tally, seed=seed)
-        for name, other in (("baseline", baseline), ("control", control)):
+        for name, other in (("baseline", baseline), ("control", control), ("uniform", uniform)):
             if other is None:
                 continue
             first, second, lost = _answered_by_both(other, run)
@@ -171,7 +180,7 @@ def row(
         folder=run.folder,
         score=run.scorer.numbers(run.tally, run.items, run.failed),
         intervals=intervals,
-        cost=run.cost,
+        cost=run.cost if baseline is None else _beside(run.cost, baseline.cost),
         failed=run.failed,
         note="; ".join(notes),
         role=role,
@@ -182,6 +191,8 @@ def row(
         control="" if control is None else control.label,
         versus_control=tests["control"],
         images=run.tally.images_of(),
+        uniform="" if uniform is None else uniform.label,
+        versus_uniform=tests["uniform"],
     )
 
 
@@ -191,8 +202,14 @@ def below_floor(match: Match, label: str | None = None) -> Row:
     return Row(label or match.label, "", "", {}, {}, cost, note=match.floor_text, role="below floor")
 
 
+def refused(label: str, why: str) -> Row:
+    """The row of a method that the model cannot take: no numbers, the reason in words."""
+    return Row(label, "", "", {}, {}, {"questions": 0}, note=f"refused: {why}", role="refused")
+
+
 def write(out: Path, bench: Benchmark, rows: Sequence[Row], about: Mapping[str, Any]) -> Path:
-    """Write summary.json, table.csv, table.tex and accuracy.svg into a folder, each atomically.
+    """Write summary.json, table.csv, table.md, table.tex and accuracy.svg into a folder, each atomically, and
+    kept_rows.svg where tokens were dropped.
 
     Args:
         out: the folder of the sweep.
@@ -203,10 +220,13 @@ def write(out: Path, bench: Benchmark, rows: Sequence[Row], about: Mapping[str, 
     Returns:
         The path of summary.json, which is written last.
     """
-    from vlmattn.eval import plots, tabular
+    from vlmattn.eval import markdown, place_plots, plots, tabular
 
     run_records.write_text(out / CSV, tabular.csv_text(rows))
+    run_records.write_text(out / MARKDOWN, markdown.page(bench, rows, about))
     run_records.write_text(out / LATEX, tabular.latex(rows))
+    if any("kept_bands" in entry.cost for entry in rows):
+        run_records.write_text(out / PLACES, place_plots.kept_bands(rows) + "\n")
     run_records.write_text(out / PLOT, plots.tradeoff(rows) + "\n")
     value = {
         "bench": bench.name,
@@ -251,6 +271,15 @@ def _answered_by_both(baseline: Run, run: Run) -> tuple[Tally, Tally, int]:
         for entry in (baseline, run)
     )
     return first, second, len(answered[0] ^ answered[1])
+
+
+def _beside(cost: Mapping[str, Any], base: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The cost of a method that made the images smaller, beside the prompt as the baseline has it; others unchanged."""
+    answered = cost.get("questions")
+    if not answered or answered != base.get("questions") or cost["visual_tokens"] >= base["visual_tokens"]:
+        return cost
+    full = {name: base[name] for name in ("prompt_tokens", "visual_tokens", "kv_bytes_full", "prefill_macs_full")}
+    return {**cost, **full, "prefill_macs_ratio": cost["prefill_macs"] / full["prefill_macs_full"]}
 
 
 def _idle(baseline: Run, run: Run) -> list[str]:

@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,11 @@ COSTS = (
     "new_tokens",
     "ms_per_question",
     "peak_memory_bytes",
+    "prefill_ratio",
+    "selection_ms",
+    "selection_share",
+    "kv_exact",
+    "kept_row",
 )
 
 
@@ -61,6 +66,7 @@ def tables(name: str, rows: Sequence[Row], width: int = 160) -> list[Table]:
         for entry in rows
     ]
     cost: list[Column] = list(zip(names, zip(*costs, strict=True), strict=True)) if rows else []
+    cost += [(name, [text(entry.cost) for entry in rows]) for name, text in extra_columns(rows).items()]
     # The first column may be folded between words, but not within them.
     room = width - max(20, min(max(map(len, [*labels, "method"])), 2 * width // 5)) - 2
     whole = [*accuracy, *cost]
@@ -100,6 +106,7 @@ def notes(rows: Sequence[Row], differences: bool = True) -> list[str]:
                 else "no difference was found."
             )
         )
+    found += timing_notes(rows)
     found += [f"† {entry.label}: not comparable, {entry.invalid}." for entry in rows if entry.invalid]
     found += [
         f"{entry.label}: {len(entry.failed)} questions failed and are left out." for entry in rows if entry.failed
@@ -111,6 +118,22 @@ def notes(rows: Sequence[Row], differences: bool = True) -> list[str]:
     everywhere = {note for note, labels in together.items() if len(labels) == len(rows) > 1}
     found += [note if note in everywhere else f"{', '.join(labels)}: {note}" for note, labels in together.items()]
     return [sentence if sentence.endswith(".") else f"{sentence}." for sentence in found]
+
+
+def timing_notes(rows: Sequence[Row]) -> list[str]:
+    """What timed prefills and kept rows are, and which caches did not hold what the formula says."""
+    found = []
+    if any("prefill_ratio" in entry.cost for entry in rows):
+        found.append(
+            "prefill, x: time of a prefill beside the first row's, median of interleaved rounds on this machine; "
+            "choosing: scores and decisions for that batch, and their share of the first row's prefill."
+        )
+    if any("kept_row" in entry.cost for entry in rows):
+        found.append("kept row: mean height of the kept tokens in the image, 0 the top, 1 the bottom, 0.5 if even.")
+    wrong = [entry.label for entry in rows if entry.cost.get("kv_exact") is False]
+    if wrong:
+        found.append(f"The cache holds other bytes than the formula says: {', '.join(wrong)}.")
+    return found
 
 
 def terminal_table(
@@ -304,6 +327,25 @@ def cost_texts(cost: Mapping[str, Any]) -> list[str]:
         f"{cost['prefill_ms_per_question']:.3g} ms",
         "-" if step is None else f"{step / cost['batch_size']:.3g} ms",
     ]
+
+
+def extra_columns(rows: Sequence[Row]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """Column title -> cell, of what only some sweeps have: timed prefills, and tokens that were dropped."""
+    known = {"prefill_ratio": ("prefill, x", ratio_text), "selection_ms": ("choosing", selection_text)}
+    known["kept_row"] = ("kept row", lambda cost: f"{cost['kept_row']:.2f}" if "kept_row" in cost else "-")
+    return {title: text for key, (title, text) in known.items() if any(key in entry.cost for entry in rows)}
+
+
+def ratio_text(cost: Mapping[str, Any]) -> str:
+    """ "0.62": measured prefill beside the baseline's in the same rounds."""
+    return f"{cost['prefill_ratio']:.2f}" if "prefill_ratio" in cost else "-"
+
+
+def selection_text(cost: Mapping[str, Any]) -> str:
+    """ "1.2 ms (0.8 %)": what choosing takes a batch, and of the baseline's prefill; "-" where nothing is chosen."""
+    if not cost.get("selection_ms"):
+        return "-"
+    return f"{cost['selection_ms']:.3g} ms ({100 * cost['selection_share']:.1f} %)"
 
 
 def bytes_text(count: float) -> str:

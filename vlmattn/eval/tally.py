@@ -183,6 +183,7 @@ class Scorer:
         aggregates: numbers over groups; those whose kind does not occur are left out.
         headlines: keys of the metrics a narrow table shows; empty: all aggregates, and the first formula of groups that
             no aggregate covers.
+        tasks: key of a metric -> what a comparison of many methods calls it; empty: the headlines under their titles.
         words: path of the word table that captions are read with; "" for the benchmark's own.
     """
 
@@ -192,6 +193,7 @@ class Scorer:
     aggregates: tuple[Aggregate, ...] = ()
     headlines: tuple[str, ...] = ()
     words: str = ""
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
     def tally(self, items: Sequence[Item], said: Iterable[Said], failed: Collection[str] = ()) -> Tally:
         """Sums per image.

@@ -104,6 +104,7 @@ def sweep_page(
         *control_tables(rows),
         *_plot(rows),
         cost_table(rows),
+        *_kept(rows),
         *flipped.sections(sides, bench.open_image, examples),
         every_number(rows),
         page.Facts("How it was run", facts(runs, about)),
@@ -220,6 +221,18 @@ def _plot(rows: Sequence[summary.Row]) -> list[page.Section]:
         return []
     notes = ["Left is cheaper, up is higher. Bars and the grey band around the baseline are 95 % intervals."]
     return [page.Plot("Against cost", plots.tradeoff(drawn), notes)]
+
+
+def _kept(rows: Sequence[summary.Row]) -> list[page.Section]:
+    from vlmattn.eval import place_plots
+
+    if not any("kept_bands" in row.cost for row in rows):
+        return []
+    notes = [
+        "Of every method the share of its kept tokens in bands of the image's height, beside an even choice. A method "
+        "that goes by attention may keep one edge of every image, whatever is in it."
+    ]
+    return [page.Plot("Where kept tokens are", place_plots.kept_bands(rows), notes)]
 
 
 def _warning(runs: Sequence[Run]) -> list[page.Section]:

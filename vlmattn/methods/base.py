@@ -368,6 +368,35 @@ class Pruner(Selector):
 
 
 @dataclass(frozen=True)
+class Resizer(Method):
+    """Changes how large an image is before the processor sees it, on models that take images at their own size."""
+
+    kind: ClassVar[str] = "prune"
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """A processor that keeps the size of images."""
+        return frozenset({"own_resolution"})
+
+    @property
+    def adaptive(self) -> bool:
+        """Never: the number of tokens follows from that of the image."""
+        return False
+
+    def resolve_layer(self, num_layers: int) -> int:
+        """Layer 0: all of them see the smaller image."""
+        return 0
+
+    def resolved(self, num_layers: int) -> Resizer:
+        """The same method: it names no layer."""
+        return self
+
+    def cells(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of visual tokens that an image of `height` x `width` tokens is brought to."""
+        raise NotImplementedError(f"{type(self).__name__} must implement cells(height, width)")
+
+
+@dataclass(frozen=True)
 class Editor(Method):
     """Edits attention in some decoder layers."""
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -57,6 +59,7 @@ class Work:
         request: the edit and the statistics wanted; None: neither.
         put_statistics: receives the statistics, `(B, H, 4)` fp32.
         backend: which implementation serves the request; None: the fastest.
+        timed: `Program.timed`, around the scores.
     """
 
     taken: Tensor | None = None
@@ -65,6 +68,7 @@ class Work:
     request: Request | None = None
     put_statistics: Callable[[Tensor], None] | None = None
     backend: str | None = None
+    timed: Callable[[torch.device], AbstractContextManager[None]] = lambda device: nullcontext()
 
 
 def base_function(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -116,8 +120,9 @@ class Registration:
             return out, weights
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        for scoring in work.scorings:
-            scoring.put(attention_received(query, key, attention_mask, scaling, **scoring.options))
+        with work.timed(query.device):
+            for scoring in work.scorings:
+                scoring.put(attention_received(query, key, attention_mask, scaling, **scoring.options))
         if work.put_keys is not None:
             work.put_keys(key)
         if work.request is not None:

@@ -28,6 +28,7 @@ from vlmattn.methods.views import Paired
 from vlmattn.patches import cache as caches
 from vlmattn.patches import families, streams
 from vlmattn.patches.attention import Registration, is_living
+from vlmattn.patches.clock import Clock
 from vlmattn.patches.decoder import Decoder
 from vlmattn.patches.eviction import decide
 from vlmattn.patches.options import check_options
@@ -35,7 +36,7 @@ from vlmattn.patches.passes import Pass, begin_decode, begin_prefill
 from vlmattn.patches.program import Program, compile_program
 from vlmattn.patches.prompt import Seen, read_prompt
 from vlmattn.patches.text_tower import TextTower, read_questions
-from vlmattn.patches.tower import looking
+from vlmattn.patches.tower import Normal, looking, normal_of
 from vlmattn.patches.vision import VisionStore, content_keys, outermost, shared, tapped
 from vlmattn.plan import Plan
 
@@ -113,18 +114,27 @@ class Engine:
             self._configure()
             self._stack = stack.pop_all()
 
-    def configure(self, methods: Sequence[Method], *, record: bool | None = None, backend: str | None = None) -> None:
+    def configure(
+        self,
+        methods: Sequence[Method],
+        *,
+        record: bool | None = None,
+        backend: str | None = None,
+        timed: bool | None = None,
+    ) -> None:
         """Exchange the methods of an installed engine, or how it works; if they do not fit, the old ones stay.
 
         Args:
             methods: the new methods.
             record: whether statistics are kept; None: as before.
             backend: attention backend; None: as before.
+            timed: whether the time that choosing takes is added up; None: as before.
         """
         program = dataclasses.replace(
             self._compile(methods),
             record=self.program.record if record is None else record,
             backend=self.program.backend if backend is None else backend,
+            clock=self.program.clock if timed is None else Clock() if timed else None,
         )
         before = self.methods, self.program
         self.methods, self.program = tuple(methods), program
@@ -180,7 +190,7 @@ class Engine:
                 if looks:
                     put = functools.partial(self._put, "looks", place)
                     original, parts = getattr(self.multimodal, name), self.family.tower(self.model)
-                    behind = looking(original, parts, looks, put, layout)
+                    behind = looking(original, parts, looks, put, layout, self._normal, self.program.timed)
                     self._replace(stack, self.multimodal, name, behind)
             for name, original in plain.items():
                 if (behind := getattr(self.multimodal, name)) != original:
@@ -254,6 +264,8 @@ class Engine:
         given = (arguments.get(name) for name in IMAGES)
         images = any(any(v is not None for v in x.values()) if isinstance(x, dict) else x is not None for x in given)
         self._local.call = _Call(arguments.get("input_ids"), images)
+        if images and self.program.clock is not None:
+            self.program.clock.seconds = 0.0
 
     def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Whatever happened, the next call starts from nothing."""
@@ -282,6 +294,12 @@ class Engine:
                 if self.program.acts:
                     raise CallError("features do not tell how the tokens of an image lie: pass pixel_values instead")
                 return None
+            if self.program.resizer is not None and not self._local.__dict__.get("resized"):
+                raise CallError(
+                    f"{self.program.resizer} changes images before the processor sees them, and these inputs were made "
+                    "without it: use session.answer(image, text), or make the inputs and call the model inside "
+                    "`with session.images(pictures) as smaller`"
+                )
             ahead = max(call.ids.shape[1] - (self._local.__dict__.get("prompt_length") or call.ids.shape[1]), 0)
             plan = read_prompt(self.family, self.config, call.ids, ahead, arguments, seen)
             if plan is not None:
@@ -343,6 +361,16 @@ class Engine:
         finally:
             self._local.questions = before
 
+    @contextmanager
+    def resized(self) -> Iterator[None]:
+        """Inside, this thread's images went through the installed resizer."""
+        before = self._local.__dict__.get("resized", False)
+        self._local.resized = True
+        try:
+            yield
+        finally:
+            self._local.resized = before
+
     def _enter(self, live: Pass, changed: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if live.busy:
             self._local.live = live
@@ -370,7 +398,8 @@ class Engine:
                 cache.batch_select_indices(first)
                 self.last = cache.plan
         if live.watching is not None and live.watching.evictors:
-            decide(live.watching, cache)
+            with self.program.timed(plan.visual.device):
+                decide(live.watching, cache)
         return streams.first_rows(output, plan.samples) if doubled else None
 
     def _on_heads(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -381,6 +410,10 @@ class Engine:
     def _on_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         live: Pass | None = self._local.__dict__.get("live")
         return None if live is None else live.enter(index, args, kwargs)
+
+    def _normal(self) -> Normal | None:
+        """How this session's processor normalises pixels, if it is known."""
+        return normal_of(getattr(self.owner, "processor", None))
 
     def _put(self, name: str, place: int, seen: Any) -> None:
         """Note what was seen at a feature method for the pass that follows, by a name of `SEEN`."""

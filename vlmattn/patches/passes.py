@@ -116,7 +116,8 @@ class Pass:
             if stage is not None:
                 self._swap(arriving, stage.to(hidden.device), hidden)
             self._score(turn, index, stage, hidden, arriving, before=index)
-        chosen = choose(turn, index, hidden, self.plan, self.decoder)
+        with self.program.timed(hidden.device):
+            chosen = choose(turn, index, hidden, self.plan, self.decoder)
         if chosen is None:
             return stage, hidden
         self.plan.stages.append(chosen.stage)
@@ -151,10 +152,11 @@ class Pass:
         visual = frame(self.plan, stage).visual
         if attention is None or not wants_scores(turn, self.plan) or not bool(visual.any()):
             return
-        score = score_options(attention, str(turn), self.plan, stage, hidden.device)
         tables = kwargs["position_embeddings"] if attention.rotary else None
-        mask = kwargs.get("attention_mask")
-        self.plan.scores[before] = self.decoder.scores(index, hidden, tables, mask, score)
+        with self.program.timed(hidden.device):
+            score = score_options(attention, str(turn), self.plan, stage, hidden.device)
+            scores = self.decoder.scores(index, hidden, tables, kwargs.get("attention_mask"), score)
+        self.plan.scores[before] = scores
 
     def _core(self, index: int, stage: Stage | None, hidden: Tensor, mask: Tensor | None) -> Core | None:
         """The keys of layer `index` that this pass computes, if a method hides others."""
@@ -191,6 +193,7 @@ class Pass:
             request=request,
             put_statistics=functools.partial(self.statistics.__setitem__, index) if self.program.record else None,
             backend=self.program.backend,
+            timed=self.program.timed,
         )
 
     def _watched(
@@ -292,10 +295,11 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
         caches.adopt(cache, plan)
         arguments["past_key_values"] = cache
     embeds = arguments["inputs_embeds"]
-    for pruner in {str(turn): turn.pruner for turn in program.pruners.values()}.values():
-        choose_query_rows(pruner, embeds, plan)
     entry = program.pruners.get(0)
-    chosen = None if entry is None else choose(entry, 0, embeds, plan, engine.decoder)
+    with program.timed(embeds.device):
+        for pruner in {str(turn): turn.pruner for turn in program.pruners.values()}.values():
+            choose_query_rows(pruner, embeds, plan)
+        chosen = None if entry is None else choose(entry, 0, embeds, plan, engine.decoder)
     if chosen is not None:
         plan.stages.append(chosen.stage)
         _cut_inputs(arguments, plan, chosen)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from vlmattn import presets
 from vlmattn.cost import Dims
 from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
-from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Selector
+from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Resizer, Selector
 from vlmattn.methods.cache import Evictor
 from vlmattn.methods.skipper import Skipper
+from vlmattn.patches.clock import Clock
 from vlmattn.patches.families.base import CAPABILITIES, Family
 from vlmattn.patches.selection import Turn
 
@@ -30,9 +34,11 @@ class Program:
         heads: by reinforced layer.
         evictors: by the layer from whose cache they evict.
         skipped: by layer that is left out.
+        resizer: what changes the images before the processor sees them.
         sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
         record: whether statistics are kept.
         backend: attention backend; None: the fastest.
+        clock: adds up the time that choosing takes, if it is to be known.
     """
 
     pruners: dict[int, Turn] = field(default_factory=dict)
@@ -40,9 +46,15 @@ class Program:
     heads: dict[int, HeadGain] = field(default_factory=dict)
     evictors: dict[int, Evictor] = field(default_factory=dict)
     skipped: dict[int, Skipper] = field(default_factory=dict)
+    resizer: Resizer | None = None
     sink_dims: tuple[int, ...] | None = None
     record: bool = False
     backend: str | None = None
+    clock: Clock | None = None
+
+    def timed(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, time on `device` counts as that of choosing tokens."""
+        return nullcontext() if self.clock is None else self.clock.running(device)
 
     @property
     def changes(self) -> bool:
@@ -94,6 +106,9 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
     program = Program()
     for method in (part for whole in methods for part in whole.parts(dims.num_layers)):
         turns: list[Any]
+        if isinstance(method, Resizer):
+            program = _with_resizer(program, method, family, has)
+            continue
         if isinstance(method, Selector):
             table: dict[int, Any] = program.pruners
             layers, act = list(method.stages(dims.num_layers)), "prune before"
@@ -181,7 +196,16 @@ def _source(pruner: Selector, layer: int) -> int | None:
     return layer - 1 if reads else None
 
 
-def _check_capabilities(method: Selector, family: Family, has: frozenset[str]) -> None:
+def _with_resizer(program: Program, method: Resizer, family: Family, has: frozenset[str]) -> Program:
+    if method.is_noop:
+        return program
+    _check_capabilities(method, family, has)
+    if program.resizer is not None:
+        raise SpecError(f"{program.resizer} and {method} both change the size of images: leave one of them out")
+    return dataclasses.replace(program, resizer=method)
+
+
+def _check_capabilities(method: Selector | Resizer, family: Family, has: frozenset[str]) -> None:
     missing = sorted(method.requires - has)
     if not missing:
         return

@@ -12,7 +12,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,19 @@ WHAT = (*AT_A_LAYER, "features", "cls", "states", "entropy")
 
 BLOCK = 2**24
 """Attention logits that are held at a time."""
+
+
+Normal = tuple[Sequence[float], Sequence[float]]
+"""Mean and deviation by which a processor normalises red, green and blue, for values in [0, 1]."""
+
+
+def normal_of(processor: Any) -> Normal | None:
+    """How the image processor of `processor` normalises; None where there is none that says."""
+    images = getattr(processor, "image_processor", None)
+    if getattr(images, "do_normalize", None) is False:
+        return (0.0,) * 3, (1.0,) * 3
+    mean, std = (getattr(images, name, None) for name in ("image_mean", "image_std"))
+    return None if mean is None or std is None else (mean, std)
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,8 @@ class TowerParts:
             that its output counts as the features.
         cls: the feature method's output to the CLS rows of the features, `(images, 1, C)`; None: the tower has no CLS
             token. Where it has one, it is the first row of a segment.
-        gray: the feature method's arguments to the gray values `(n, patches, pixels)` in [0, 255] of the tokens of each
-            image.
+        gray: `(the feature method's arguments, how its pixels are normalised or None for the family's way)` to the gray
+            values, `(n, patches, pixels)` in [0, 255], of the tokens of each image.
         arrange: rows of the tower's tokens `(pictures, n, ...)` and the feature method's arguments to those of the
             visual tokens in the prompt, `(n_i, ...)` an image; None: every picture is an image, its tokens are these.
         blocks: the layers, whose outputs `(images, N, C)` end in the rows of the visual tokens; none where tokens have
@@ -84,7 +97,7 @@ class TowerParts:
     rows: Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], bool], Rows]
     projector: nn.Module | None
     cls: Callable[[Any], Tensor] | None
-    gray: Callable[[Mapping[str, Any]], Sequence[Tensor]]
+    gray: Callable[[Mapping[str, Any], Normal | None], Sequence[Tensor]]
     blocks: Sequence[nn.Module]
     images: Callable[[Any, Mapping[str, Any]], Sequence[Tensor]] = lambda output, arguments: output.pooler_output
     arrange: Callable[[Tensor, Mapping[str, Any]], list[Tensor]] | None = None
@@ -108,6 +121,8 @@ def looking(
     looks: frozenset[Look],
     put: Callable[[dict[Look, list[Tensor]]], None],
     layout: Callable[[Mapping[str, Any]], Sequence[tuple[Raster, ...]]] | None = None,
+    normal: Callable[[], Normal | None] = lambda: None,
+    timed: Callable[[torch.device], AbstractContextManager[None]] = lambda device: nullcontext(),
 ) -> Callable[..., Any]:
     """`original`, a feature method, with a look inside the tower.
 
@@ -123,6 +138,8 @@ def looking(
             same for every token; `states` `(n, C)` what the layer gives; `entropy` `(n,)` bits of the gray values, mean
             over the patches of a token, or what `weigh` makes of them.
         layout: from the method's arguments the grids of each image, if there are newline tokens among its features.
+        normal: how pixels are normalised, asked for at every call; None: the family's way.
+        timed: entered around what is done beside the tower's own pass.
 
     The attention that a token of several tower rows gets is the sum of theirs, the one it gives and its keys their
     mean.
@@ -174,12 +191,13 @@ def looking(
             output = original(*args, **kwargs)
         arguments = own.bind(*args, **kwargs).arguments
         projected = _projected(parts.images(output, arguments), layout and layout(arguments))
-        found = _collect(parts, layers, attention, seen, projected, output)
-        for look in looks:
-            if look.what == "entropy":
-                found[look] = _entropies(parts.gray(arguments), look)
-            if parts.arrange is not None and (look.what != "features" or parts.projector is not None):
-                found[look] = parts.arrange(torch.stack(found[look]), arguments)
+        with timed(projected[0].device):
+            found = _collect(parts, layers, attention, seen, projected, output)
+            for look in looks:
+                if look.what == "entropy":
+                    found[look] = _entropies(parts.gray(arguments, normal()), look)
+                if parts.arrange is not None and (look.what != "features" or parts.projector is not None):
+                    found[look] = parts.arrange(torch.stack(found[look]), arguments)
         put(found)
         return output
 

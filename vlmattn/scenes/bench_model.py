@@ -1,11 +1,13 @@
 """The bench model: genuine classes of a supported family with random weights, large enough that time is arithmetic.
 
 Its vision tower is a token factory, one CLIP layer of width 32 over 2 x 2 pixel patches: the bench is about the
-decoder, and the tower's share is measured and printed beside it.
+decoder, and the tower's share is measured and printed beside it. A second layer runs behind it, which the projector
+does not read, as in the released checkpoints: some methods look there.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +108,18 @@ def build(shape: Shape, seed: int = 0, initializer_range: float = 0.02) -> Any:
         **special,
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval().float()
+    _add_last_layer(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD_ID
     return model
+
+
+def _add_last_layer(model: Any) -> None:
+    """Put a copy of the tower's layer behind it; the projector goes on reading what it read."""
+    layers = model.model.vision_tower.encoder.layers
+    layers.append(copy.deepcopy(layers[0]))
+    model.config.vision_config.num_hidden_layers = len(layers)
+    model.config.vision_feature_layer = -2
 
 
 def prompt(shape: Shape, seed: int = 0) -> dict[str, Tensor]:

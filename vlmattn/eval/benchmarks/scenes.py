@@ -74,6 +74,15 @@ HEADLINES = (
     "caption.recall",
 )
 
+TASK_GROUPS = {
+    "mean_accuracy": "existence",
+    "color.accuracy": "colour",
+    "count.accuracy": "count",
+    "loc.hit": "localisation",
+    "digits.accuracy": "reading",
+}
+"""What a comparison of pruners shows: one number a group of tasks."""
+
 
 @cache
 def world_words() -> chair.Words:
@@ -148,4 +157,5 @@ def scorer(profile: str = "official", words: str | Path | None = None) -> Scorer
         aggregates=AGGREGATES,
         headlines=HEADLINES,
         words="" if words is None else str(Path(words).resolve()),
+        tasks=TASK_GROUPS,
     )

@@ -1,8 +1,9 @@
 """Spatial pooling: the grid of visual tokens becomes a smaller one by averaging, the baseline that changes values.
 
-The grid of each frame is pooled to gh x gw cells with gh = round(sqrt(n * h / w)) and gw = floor(n / gh), or in squares
-of `size` tokens: `average` and `max` over cells that may overlap by a row (as torch's adaptive pooling), `bilinear`
-interpolation between token centres. A pooled token stands at the token in the middle of its cell, rows and columns
+The grid of each frame is pooled to gh x gw cells with gh = round(sqrt(n * h / w)) and gw = floor(n / gh), which may
+overlap by a row (as torch's adaptive pooling), or in squares of `size` tokens; where these do not fill the grid, the
+last row and column of cells hold what is left. `average` and `max` are over the tokens of a cell, `bilinear`
+interpolates between token centres. A pooled token stands at the token in the middle of its cell, rows and columns
 rounded down. Of an image with several grids each is pooled by itself. Averaging shrinks norms; `rescale` gives each
 token the pooled norm of those it is made of. Before layer 0 features are pooled as they come out of the projector; the
 forms are our own choice. Features that a model adds again behind later layers (DeepStack) are pooled alike.
@@ -41,15 +42,35 @@ def pooled(x: Tensor, height: int, width: int, mode: str) -> Tensor:
     return planes.permute(0, 2, 3, 1)
 
 
+def squares(x: Tensor, size: int, mode: str) -> Tensor:
+    """A grid `(t, h, w, C)` pooled in squares of `size` tokens, `(t, ceil(h / size), ceil(w / size), C)`, in fp32.
+
+    Squares at the far edges hold what the grid has left for them.
+    """
+    if mode == "bilinear":
+        return pooled(x, -(-x.shape[1] // size), -(-x.shape[2] // size), mode)
+    pool = torch.nn.functional.avg_pool2d if mode == "average" else torch.nn.functional.max_pool2d
+    return pool(x.float().permute(0, 3, 1, 2), size, ceil_mode=True).permute(0, 2, 3, 1)
+
+
+def middles(total: int, size: int) -> list[int]:
+    """The middle of each run of `size` places, the last one of what is left, rounded down; ascending."""
+    return [(first + min(first + size, total) - 1) // 2 for first in range(0, total, size)]
+
+
 def centres(total: int, cells: int) -> list[int]:
     """The middle of each of `cells` runs that cover `total` places, rounded down; ascending."""
     bounds = [(i * total // cells, -(-(i + 1) * total // cells) - 1) for i in range(cells)]
     return [(first + last) // 2 for first, last in bounds]
 
 
-def _middles(grid: Grid, cells: tuple[int, int]) -> Tensor:
-    """The tokens in the middle of the cells of every frame of a grid, counted through it."""
-    down, across = (torch.tensor(centres(total, count)) for total, count in zip(grid[1:], cells, strict=True))
+def _middles(grid: Grid, cells: tuple[int, int], size: int | None) -> Tensor:
+    """The tokens in the middle of the cells of every frame of a grid, counted through it; of squares with a `size`."""
+    places = (
+        centres(total, count) if size is None else middles(total, size)
+        for total, count in zip(grid[1:], cells, strict=True)
+    )
+    down, across = map(torch.tensor, places)
     return torch.arange(math.prod(grid)).view(grid)[:, down][:, :, across].flatten()
 
 
@@ -106,7 +127,7 @@ class Pool(Pruner):
                     continue
                 for grid, mine in zip(span.grids, where.split(self._whole(len(where), span.grids)), strict=True):
                     cells = self._cells(grid, len(mine) / len(where))
-                    chosen = mine[_middles(grid, cells).to(mine.device)]
+                    chosen = mine[_middles(grid, cells, self.size).to(mine.device)]
                     mask[row, chosen] = True
                     grids.append((row, mine, grid, cells, chosen))
 
@@ -120,11 +141,15 @@ class Pool(Pruner):
 
     def _values(self, x: Tensor, cells: tuple[int, int]) -> Tensor:
         """Rows `(t, h, w, C)` of a grid to those of its cells, `(cells, C)` fp32."""
-        small = pooled(x, *cells, self.mode)
+        small = self._pooled(x, cells)
         if self.rescale:
-            norm = pooled(x.float().norm(dim=-1, keepdim=True), *cells, self.mode)
+            norm = self._pooled(x.float().norm(dim=-1, keepdim=True), cells)
             small = torch.nn.functional.normalize(small, dim=-1) * norm
         return small.flatten(0, 2)
+
+    def _pooled(self, x: Tensor, cells: tuple[int, int]) -> Tensor:
+        """Rows of a grid to `(t, cells, C)`, in squares or in cells of a budget."""
+        return pooled(x, *cells, self.mode) if self.size is None else squares(x, self.size, self.mode)
 
     def left(self, visual: int, grid: Grid | None = None, stage: int = 0) -> int:
         """The cells of all frames."""
@@ -147,7 +172,7 @@ class Pool(Pruner):
         """Rows and columns of cells in a frame of a grid with that share of an image's tokens."""
         frames, height, width = grid
         if self.size is not None:
-            return max(height // self.size, 1), max(width // self.size, 1)
+            return -(-height // self.size), -(-width // self.size)
         total = math.prod(grid)
         keep = self.keep if isinstance(self.keep, float) or share == 1 else max(int(self.keep * share), 1)
         wanted = max(budget.count(total, keep) // frames, 1)

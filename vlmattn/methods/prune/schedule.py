@@ -10,9 +10,9 @@ n_(l-1). Scores: attention received in the layer before, mean over heads and ove
 
 There is no released code; everything the abstract leaves open is our choice: the curve, the rows of the score, tokens
 counted from those of the image as it came, and that b is solved with the layers before the first prunable one at
-their full size, so that `keep` is the average over all layers; what rounding leaves over goes to the deepest layer
-that can take it. Layers prune together in groups of `group`, by the group's mean share; `rank_once` ranks at the first
-stage and keeps to that order.
+their full size, so that `keep` is the average over all layers (one that no such curve has is refused); what rounding
+leaves over goes to the deepest layer that can take it. Layers prune together in groups of `group`, by the group's mean
+share; `rank_once` ranks at the first stage and keeps to that order.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ class Schedule(Pruner):
             shares = [self.shares[layer] for layer in stages]
             return [max(math.floor(visual * share + 0.5), 1) for share in shares]
         average = self.keep if isinstance(self.keep, float) else min(self.keep / visual, 1.0)
+        self._reach(average, visual, num_layers, stages[0])
         left = average * num_layers - stages[0]  # the sum of the shares of the layers that prune
         layers = range(stages[0], num_layers)
         middle = middle_of(layers, left / len(layers), self.steepness, self.floor, self.ceiling)
@@ -162,6 +163,24 @@ class Schedule(Pruner):
         shares = [sum(curve[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
         counts = [max(math.floor(visual * share + 0.5), 1) for share in shares]
         return repaired(counts, sizes, math.floor(left * visual + 0.5), visual)
+
+    def _reach(self, average: float, visual: int, num_layers: int, first: int) -> None:
+        """Refuse an average that no curve from `ceiling` to `floor` has, with at least one token in a layer.
+
+        Raises:
+            BudgetError: it is off by more than rounding.
+        """
+        deep = num_layers - first
+        low, high = (
+            (first + deep * max(share, 1 / visual)) / num_layers for share in (float(self.floor), float(self.ceiling))
+        )
+        rounding = deep / (2 * visual * num_layers) + 1e-9
+        if not low - rounding <= average <= high + rounding:
+            raise BudgetError(
+                f"{self}: the average cannot be {average:.4g}: with layers 0 to {first - 1} of {num_layers} full and "
+                f"the others from ceiling={self.ceiling:g} to floor={self.floor:g} it is between {low:.4g} and "
+                f"{high:.4g} of the visual tokens: give such a `keep`, or another `floor` or `ceiling`"
+            )
 
 
 def repaired(counts: list[int], sizes: Sequence[int], total: int, most: int) -> list[int]:

@@ -19,7 +19,8 @@ linear in `keep` between them (the search for a model of your own is not done he
 all count, and a warning says so (the code has NaN). Images are recycled one by one, also where a prompt has several;
 videos, and tokens without a grid, are ranked only. Attention in the language model is causal throughout (under SDPA the
 code's is not in one layer). A token that joins several patches gets the sum of their attention. Entropies are those of
-the picture's values (the code wraps normalised ones around), if its processor normalises by CLIP's mean and deviation.
+the picture's values (the code wraps normalised ones around), as the processor given to `wrap` normalised them, or by
+CLIP's mean and deviation where none was given.
 """
 
 from __future__ import annotations

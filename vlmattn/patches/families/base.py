@@ -20,6 +20,7 @@ FAMILIES: dict[str, Family] = {}
 CAPABILITIES = {
     "cls": "a CLS token in the vision tower",
     "flat_positions": "one-dimensional positions, without which none can be renumbered",
+    "own_resolution": "a processor that keeps the size of images, so that a smaller one has fewer tokens",
     "text_tower": "the text tower of its vision tower's CLIP model (`wrap(text_tower=...)`)",
 }
 """What a method may require of a model, in words."""
@@ -58,6 +59,8 @@ class Family:
         geometry: `(image_processor, (width, height), grid)` to a `Geometry`, `grid` being what `input_grids` gives.
         input_grids: `(config, processor outputs)` to the grids of all images of a batch, or where images have several
             to their rasters.
+        token_side: the image processor to the pixels along a side of one visual token, where images keep their size;
+            None: the processor brings them all to sizes of its own.
         tower_parts: `(config, vision tower, projector)` to where looks inside the tower find things; None: nobody can
             look there.
     """
@@ -92,6 +95,7 @@ class Family:
     projector: str = "model.multi_modal_projector"
     deepstack: str = ""
     position_state: tuple[str, ...] = ()
+    token_side: Callable[[Any], int] | None = None
     tower_parts: Callable[[Any, Any, Any], TowerParts] | None = None
 
     def part(self, model: nn.Module, name: str) -> nn.Module:
@@ -119,6 +123,7 @@ class Family:
     def capabilities(self) -> frozenset[str]:
         """What methods may require of every model of this family, of `CAPABILITIES`."""
         facts = {"cls": self.has_cls, "flat_positions": self.rope == "1d"}
+        facts["own_resolution"] = self.token_side is not None
         return frozenset(name for name, holds in facts.items() if holds)
 
     def placeholders(self, config: Any) -> list[int]:
@@ -149,9 +154,8 @@ def gray_values(
 ) -> Tensor:
     """The mean of red, green and blue in [0, 255] of normalised `pixels`, whose dimension `channels` has the three.
 
-    A model's config does not say how its processor normalises. Where that is not by `mean` and `std`, the family's, the
-    values are scaled and shifted, and so histograms of them coarser or finer; the models of `vlmattn.scenes`, whose
-    processors take 0.5 for all six, are such.
+    A model's config does not say how its processor normalises; where no processor is known either, `mean` and `std` are
+    the family's.
     """
     shape = (3, *[1] * (pixels.ndim - channels - 1))
     center, spread = (torch.tensor(x, device=pixels.device).view(shape) for x in (mean, std))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmattn.errors import CallError
-from vlmattn.patches.families.base import Family, gray_values, register
-from vlmattn.patches.tower import Rows, TowerParts
+from vlmattn.patches.families.base import PIXEL_MEAN, PIXEL_STD, Family, gray_values, register
+from vlmattn.patches.tower import Normal, Rows, TowerParts
 from vlmattn.spans import Geometry
 
 
@@ -97,9 +97,9 @@ def tower_rows(
     )
 
 
-def gray_patches(arguments: Mapping[str, Any], patch: int, with_cls: bool) -> Sequence[Tensor]:
+def gray_patches(arguments: Mapping[str, Any], normal: Normal | None, patch: int, with_cls: bool) -> Sequence[Tensor]:
     """Of every patch of an image in raster order; a CLS token has one value, that of black."""
-    values = gray_values(arguments["pixel_values"], channels=1)
+    values = gray_values(arguments["pixel_values"], 1, *(normal or (PIXEL_MEAN, PIXEL_STD)))
     patches = values.unfold(1, patch, patch).unfold(2, patch, patch).flatten(1, 2).flatten(2)[:, :, None]
     return list(torch.nn.functional.pad(patches, (0, 0, 0, 0, int(with_cls), 0)))
 

@@ -32,8 +32,8 @@ def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
     parts = tower_parts(config, tower, projector)
     return dataclasses.replace(
         parts,
-        gray=lambda arguments: parts.gray(
-            {"pixel_values": anyres.real_crops(_pictures(config, arguments), arguments["pixel_values"])}
+        gray=lambda arguments, normal: parts.gray(
+            {"pixel_values": anyres.real_crops(_pictures(config, arguments), arguments["pixel_values"])}, normal
         ),
         arrange=lambda crops, arguments: anyres.arranged(_pictures(config, arguments), crops),
     )

@@ -14,7 +14,7 @@ from vlmattn.errors import CallError
 from vlmattn.patches import anyres
 from vlmattn.patches.families.base import Family, register
 from vlmattn.patches.families.llava import gray_patches, tower_parts, tower_rows
-from vlmattn.patches.tower import TowerParts
+from vlmattn.patches.tower import Normal, TowerParts
 from vlmattn.spans import Geometry, Raster
 
 
@@ -53,12 +53,12 @@ def _arrange(crops: Tensor, arguments: Mapping[str, Any], config: Any) -> list[T
     return anyres.arranged(_pictures(config, arguments), crops)
 
 
-def _gray(arguments: Mapping[str, Any], config: Any) -> Sequence[Tensor]:
+def _gray(arguments: Mapping[str, Any], normal: Normal | None, config: Any) -> Sequence[Tensor]:
     if "pixel_values_videos" in arguments:
         crops = arguments["pixel_values_videos"].flatten(0, 1)
     else:
         crops = anyres.real_crops(_pictures(config, arguments), arguments["pixel_values"])
-    return gray_patches({"pixel_values": crops}, config.vision_config.patch_size, with_cls=False)
+    return gray_patches({"pixel_values": crops}, normal, config.vision_config.patch_size, with_cls=False)
 
 
 def _tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:

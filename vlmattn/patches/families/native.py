@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmattn.errors import CallError
 from vlmattn.patches.families.base import PIXEL_MEAN, PIXEL_STD, gray_values
-from vlmattn.patches.tower import Rows, TowerParts
+from vlmattn.patches.tower import Normal, Rows, TowerParts
 from vlmattn.spans import Geometry
 
 ORDER = Callable[[Any, Tensor], Tensor]
@@ -44,6 +44,11 @@ def input_grids(config: Any, inputs: Mapping[str, Any]) -> Sequence[tuple[int, i
     return [(t, h // merge, w // merge) for t, h, w in inputs["image_grid_thw"].tolist()]
 
 
+def token_side(image_processor: Any) -> int:
+    """Pixels along a side of a visual token."""
+    return int(image_processor.patch_size * image_processor.merge_size)
+
+
 def feature_methods(frames: bool = False) -> dict[str, Callable[[Mapping[str, Any]], Sequence[Tensor]]]:
     """Of images and of videos; with `frames` every frame of a video (a temporal patch) counts as an image."""
 
@@ -63,7 +68,7 @@ def tower_parts(
     whole: Sequence[int] | None = None,
     order: ORDER | None = None,
     frames: bool = False,
-    pixels: tuple[Sequence[float], Sequence[float]] = (PIXEL_MEAN, PIXEL_STD),
+    pixels: Normal = (PIXEL_MEAN, PIXEL_STD),
 ) -> TowerParts:
     """The projector joins `merge ** 2` rows, so that what comes out of it counts as the features.
 
@@ -72,7 +77,7 @@ def tower_parts(
         whole: the layers that see a whole frame at once; None: all.
         order: of the tower's rows where they do not stand in the prompt's.
         frames: as for `feature_methods`.
-        pixels: mean and standard deviation that the released processors normalise by.
+        pixels: mean and standard deviation that the released processors normalise by, where none is known.
     """
     attentions, group = [block.attn for block in tower.blocks], tower.spatial_merge_size**2
     return TowerParts(
@@ -133,11 +138,11 @@ def _tower_rows(
 
 
 def _gray(
-    arguments: Mapping[str, Any], group: int, frames: bool, pixels: tuple[Sequence[float], Sequence[float]]
+    arguments: Mapping[str, Any], normal: Normal | None, group: int, frames: bool, pixels: Normal
 ) -> Sequence[Tensor]:
     """Of every patch, the two frames of a temporal patch together; the patches of a token stand side by side."""
     values = arguments["pixel_values" if "pixel_values" in arguments else "pixel_values_videos"]
-    values = gray_values(values.unflatten(-1, (3, -1)), 1, *pixels)
+    values = gray_values(values.unflatten(-1, (3, -1)), 1, *(normal or pixels))
     return values.unflatten(0, (-1, group)).split(_sizes(_grids(arguments), frames, group))
 
 

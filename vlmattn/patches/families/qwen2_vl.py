@@ -19,6 +19,7 @@ register(
         grid=native.grid,
         geometry=native.geometry,
         input_grids=native.input_grids,
+        token_side=native.token_side,
         feature_methods=native.feature_methods(),
         tower_parts=native.tower_parts,
         position_state=("rope_deltas",),

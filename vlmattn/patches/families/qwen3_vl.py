@@ -27,6 +27,7 @@ register(
         grid=native.grid,
         geometry=native.geometry,
         input_grids=native.input_grids,
+        token_side=native.token_side,
         feature_methods=native.feature_methods(frames=True),
         tower_parts=functools.partial(native.tower_parts, frames=True, pixels=(HALF, HALF)),
         query=("self_attn.q_proj", "self_attn.q_norm"),
