@@ -15,7 +15,9 @@ from pathlib import Path
 
 PACKAGE = "vlmattn"
 WORDS = ("budget", "spans", "edits", "errors")
-BASES = tuple(f"methods.{name}" for name in ("base", "cache", "compressor", "skipper", "views"))
+BASES = tuple(
+    f"methods.{name}" for name in ("base", "cache", "compressor", "rehearsal", "segments", "skipper", "views")
+)
 PUBLIC = ("", "spec", "spans", "report", "errors", "scenes")
 FAMILY_NAMES = ("llava", "qwen", "internvl", "smolvlm", "idefics", "gemma")
 FAMILY_HOMES = ("patches/families/", "scenes/")

@@ -20,6 +20,8 @@ from vlmattn.methods.attend.var import VAR, sink_strength
 from vlmattn.methods.attend.vhr import VHR, divergence
 from vlmattn.methods.base import Editor, Selector
 from vlmattn.methods.cache import Evictor
+from vlmattn.methods.rehearsal import Rehearser
+from vlmattn.methods.segments import Segmenter
 from vlmattn.patches.families import supported
 
 FAMILIES = sorted(tiny.MODELS)
@@ -53,7 +55,7 @@ def gap(a: Any, b: Any) -> float:
 EDITS = {
     "take": AttnEdit(take=(0.0, 0.6, 0.0, 0.6), min_visual=0.2, min_share=0.5),
     "scale": AttnEdit(scale=(1.0, 1.0, 1.3, 0.7)),
-    "logit": AttnEdit(logit_strength=0.5),
+    "logit": AttnEdit(logit_strength=(0.0, 0.0, 0.5, 0.5)),
     "coefficient": AttnEdit(coefficient=(1.0, 0.5, 1.5, 0.2)),
     "renormalised": AttnEdit(coefficient=(1.0, 0.5, 1.5, 0.2), renormalise=True),
     "hidden": AttnEdit(hide=(2, 3)),
@@ -154,7 +156,7 @@ def test_edited_rows_sum_to_one_and_keep_ratios():
 def test_var_worked_row(p, rho, row, output):
     probabilities = torch.tensor([0.40, 0.20, 0.10, 0.10, 0.20])[None, None, None]
     tag = torch.tensor([[1, 3, 2, 2, 0]], dtype=torch.uint8)
-    after, gate = rows.edit_rows(probabilities, tag, VAR(p=p, rho=rho).edit())
+    after, gate = rows.edit_rows(probabilities, tag, VAR(p=p, rho=rho).edit(2))
     assert after[0, 0, 0].tolist() == pytest.approx(row, abs=1e-6)
     values = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0])
     assert float(after[0, 0, 0] @ values) == pytest.approx(output, abs=1e-6)
@@ -268,6 +270,11 @@ PARTS = {
     "random": "random(keep=0.7, before_layer=0)",
     "noimage": "noimage(before_layer=3)",
     "layerskip": "layerskip(layers=[1])",
+    "pai": "pai(first_layer=1, last_layer=2)",
+    "vaf": "vaf(first_layer=0, last_layer=0)",
+    "hgai": "hgai(first_layer=2, last_layer=3)",
+    "adhh": "adhh(heads=[(1, 0), (2, 3)], tau=0.01)",
+    "paint": "paint(first_layer=0)",
 }
 
 
@@ -280,22 +287,35 @@ def _reads(pruner: Selector, layer: int) -> bool:
 
 
 EVERYWHERE = [name for name, info in spec.registry().items() if not info.cls.through]
-PAIRED = {frozenset(pair): pair for pair in itertools.combinations(EVERYWHERE, 2)}
+PAIRED = list({frozenset(pair): pair for pair in itertools.combinations(EVERYWHERE, 2)}.values())
+CASES = [
+    pytest.param(family, pair, marks=pytest.mark.slow if place else (), id="+".join((family, *pair)))
+    for place, family in enumerate(FAMILIES)
+    for pair in PAIRED
+]
 
 
-@pytest.mark.parametrize("pair", list(PAIRED.values()), ids="+".join)
+@pytest.mark.parametrize(("family", "pair"), CASES)
 def test_all_pairs_agree_with_the_reference_backend(family, model, batch, pair):
     """In both orders of the spec: the order of composition is fixed. What collides, or lacks something, says so."""
     parts = [PARTS.get(name, f"{name}(before_layer=1)" if name == "uniform" else name) for name in pair]
     pruners = [m for m in spec.parse(parts) if isinstance(m, Selector) and not m.is_noop]
+    editors = [m for m in spec.parse(parts) if isinstance(m, Editor)]
     layers = [layer for pruner in pruners for layer in pruner.stages(tiny.LAYERS)]
+    edited = [layer for editor in editors for layer in editor.layers(tiny.LAYERS)]
     lacking = any("text_tower" in pruner.requires for pruner in pruners)
     again = any(known.model_type == family and known.deepstack for known in supported())
     blind = "layerskip" in pair and (again or any(_reads(pruner, 1) for pruner in pruners))
-    kinds = [kind for method in spec.parse(parts) for kind in (Editor, Evictor) if isinstance(method, kind)]
-    clash = len(kinds) > len(set(kinds)) or len(layers) > len(set(layers))
-    if lacking or blind or clash:
-        said = r"needs .*: use |both (prune before|edit attention in|evict from the cache of) layer|reads the|must stay"
+    whole = any(isinstance(editor, Rehearser | Segmenter) for editor in editors)
+    late = whole and (any(layers) or any(isinstance(method, Evictor) for method in spec.parse(parts)))
+    evicting = sum(isinstance(method, Evictor) for method in spec.parse(parts))
+    clash = any(len(table) > len(set(table)) for table in (layers, edited)) or evicting > 1
+    idle = "layerskip" in pair and any(set(editor.layers(tiny.LAYERS)) == {1} for editor in editors)
+    if lacking or blind or late or clash or idle:
+        said = (
+            r"needs .*: use |both (prune before|edit attention in|evict from the cache of) layer|reads the|must stay"
+            r"|: prune before layer 0|takes keys from|acts only in layers"
+        )
         with pytest.raises((UnsupportedModelError, SpecError, LayerError), match=said):
             vlmattn.wrap(model, parts)
         return

@@ -338,3 +338,16 @@ def single(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
         real = (one["pixel_values"][0] != 0).flatten(1).any(1)
         one |= {"pixel_values": one["pixel_values"][:, real], "image_sizes": batch["image_sizes"][row : row + 1]}
     return one
+
+
+def answered(batch: dict[str, Tensor], sequences: Tensor) -> dict[str, Tensor]:
+    """The inputs of one pass over prompts and what was generated, `sequences` `(B, N + T)`, as generation has them."""
+    new = sequences.shape[1] - batch["input_ids"].shape[1]
+    longer = batch | {"input_ids": sequences}
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in batch:
+            fill = batch[name].new_full((len(sequences), new), int(name == "attention_mask"))
+            longer[name] = torch.cat([batch[name], fill], 1)
+    if "mm_token_type_ids" not in batch:
+        longer["position_ids"] = (longer["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return longer

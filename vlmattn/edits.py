@@ -63,8 +63,12 @@ class Eviction:
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-TEXT, TEXT_SINK, VISUAL, VISUAL_SINK = range(4)
-GROUPS = ("text", "text sink", "visual", "visual sink")
+TEXT, TEXT_SINK, VISUAL, VISUAL_SINK, PREFIX, LOCAL, SUMMARY = range(7)
+GROUPS = ("text", "text sink", "visual", "visual sink", "prefix", "local", "summary")
+"""Kinds of keys. A prefix is text before the image; local and summary are visual tokens that show a detail, or stand
+for the whole image."""
+VISUAL_GROUPS = (VISUAL, VISUAL_SINK, LOCAL, SUMMARY)
+SINK_GROUPS = (TEXT_SINK, VISUAL_SINK)
 NOT_A_KEY = 255
 """Tag of padding, dropped and unwritten slots."""
 
@@ -105,39 +109,75 @@ class Tags:
 
 
 @dataclass(frozen=True)
+class Boost:
+    """Factors of single keys, in the heads that look most at what counts.
+
+    Attributes:
+        factor: `(B, S)` fp32, factors of the probabilities.
+        rank: `(B, S)` fp32, what counts: of a row's heads those are taken in which the probabilities, weighted by this,
+            have the largest sum; of equal ones the lower head.
+        within: the groups whose mass divides that sum; none: nothing does.
+        share: how many heads are taken, rounded down, at least one.
+    """
+
+    factor: Tensor
+    rank: Tensor
+    within: tuple[int, ...] = ()
+    share: float = 0.5
+
+
+def per_group(neutral: float, values: Mapping[int, float]) -> tuple[float, ...]:
+    """A value for every group: `neutral` for those that are not in `values`."""
+    return tuple(values.get(group, neutral) for group in range(len(GROUPS)))
+
+
+@dataclass(frozen=True)
 class AttnEdit:
     """A declarative change of attention in some rows of one layer. Order: scores, softmax, masses, mass edit, head
-    gain.
+    gain. What is said per group is in the order of `GROUPS`; groups left out at the end are left alone.
 
     Attributes:
         hide: groups whose keys the rows do not see at all; a row always sees itself.
         scale: per group a factor of the scores (before the softmax), or None.
-        logit_strength: visual scores `s` become `s + logit_strength * |s|`.
+        logit_strength: per group the `a` of `s + a * |s|`, on scores `s`, or None.
+        across_heads: whether `|s|` of a key is its mean over all heads.
+        head_limit: above 0: `logit_strength` of a head is multiplied by its share of the visual mass of all heads (in
+            the row as it is without the edit) times their number, at most by this.
         bias: `(B, S)` fp32 added to the scores, or None.
         take: per group the share of its mass that is taken away, or None.
         give: the group that receives what was taken, in proportion to its keys' attention.
-        min_visual: the mass edit acts only where the visual groups together have at least this mass, ...
+        min_visual: `take` acts only where the visual groups together have at least this mass, ...
         min_share: ... and where `give` has at least this share of the visual mass.
         coefficient: per group a factor of the probabilities, or None.
+        min_mass: per group the mass from which on `coefficient` acts, or None: always.
         renormalise: whether rows sum to 1 again after `coefficient`.
-        rows: which prompt rows: `text` (all text rows after the first image), `last` or `generated` (none).
+        boosts: factors of single keys, all ranked by the probabilities before the mass edit; rows then sum to 1.
+        heads: the query heads that are edited; None: all.
+        rows: which prompt rows: `text` (all text rows after the first image), `after` (those after the last one),
+            `last` (the last prompt token) or `generated` (none).
         generated: whether the tokens after the prompt are edited as well.
     """
 
     hide: tuple[int, ...] = ()
     scale: tuple[float, ...] | None = None
-    logit_strength: float = 0.0
+    logit_strength: tuple[float, ...] | None = None
+    across_heads: bool = False
+    head_limit: float = 0.0
     bias: Tensor | None = None
     take: tuple[float, ...] | None = None
     give: int = VISUAL
     min_visual: float = 0.0
     min_share: float = 0.0
     coefficient: tuple[float, ...] | None = None
+    min_mass: tuple[float, ...] | None = None
     renormalise: bool = False
+    boosts: tuple[Boost, ...] = ()
+    heads: tuple[int, ...] | None = None
     rows: str = "text"
     generated: bool = True
 
     @property
     def maps_scores(self) -> bool:
         """Whether probabilities change before any mass is known."""
-        return bool(self.hide) or self.scale is not None or self.logit_strength != 0.0 or self.bias is not None
+        maps = (self.scale, self.logit_strength, self.bias)
+        return bool(self.hide) or any(part is not None for part in maps)

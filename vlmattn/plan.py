@@ -11,13 +11,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vlmattn.edits import Tags
 from vlmattn.spans import Span
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,17 @@ class Plan:
         state: per layer what the method that evicts from it carries along, tensors `(B, ..., slots)`.
         tags: per edited layer the groups of the keys it holds of the prompt.
         gains: per reinforced layer the factors of its heads, `(B, H)`; divergences: the statistic they were chosen by.
+        token_divergences: per layer the same statistic of the prompt's last row and all after it, `(B, n, H)`, if
+            asked for.
+        evidence: `(B, V)` fp32, logarithms of the factors of the visual tokens of the prompt in order, newline tokens
+            included, of a method that answered twice.
+        grounding: `(B, M + n)` fp32, how much the text slots of layer 0 and the tokens after the prompt look at this
+            evidence; NaN where nobody asked.
+        rehearsing: whether this answer is only looked at.
+        observed: per pass and layer what the last row of such an answer saw of the visual tokens, `(B, V)` fp32.
+        segment: `(B, N)` long, the segment of each token where some stand side by side, -1 for none; stacked: positions
+            `(A, B, N)` long of the prompt; extent: `(B, J)` long, positions of each segment; tables: cosines and sines
+            `(B, M + n, D)` of the positions of all keys.
         samples: rows of the caller; the plan has twice as many while a text-only stream runs beside.
         skipped: decoder layers that were left out.
         closed: whether everything about the caches is decided, so that nobody watches any more.
@@ -147,6 +160,15 @@ class Plan:
     tags: dict[int, Tags] = field(default_factory=dict)
     gains: dict[int, Tensor] = field(default_factory=dict)
     divergences: dict[int, Tensor] = field(default_factory=dict)
+    token_divergences: dict[int, Tensor] = field(default_factory=dict)
+    evidence: Tensor | None = None
+    grounding: Tensor | None = None
+    rehearsing: bool = False
+    observed: list[dict[int, Tensor]] = field(default_factory=list)
+    segment: Tensor | None = None
+    stacked: Tensor | None = None
+    extent: Tensor | None = None
+    tables: tuple[Tensor, Tensor] | None = None
     samples: int = 0
     skipped: frozenset[int] = frozenset()
     closed: bool = False
@@ -187,6 +209,7 @@ class Plan:
             end, self.ahead = -self.ahead, 0
             for name in ("real", "visual", "image", "newline"):
                 setattr(self, name, getattr(self, name)[:, :end])
+            self.segment = None if self.segment is None else self.segment[:, :end]
             self.stages = [stage.without_last(-end) for stage in self.stages]
             self.held = None if self.held is None else [stage.without_last(-end) for stage in self.held]
             self.tags = {layer: tags.without_last(-end) for layer, tags in self.tags.items()}
@@ -252,6 +275,12 @@ class Plan:
             core={layer: stage.rows(index) for layer, stage in self.core.items()},
             state={layer: {k: x[_on(index, x)] for k, x in state.items()} for layer, state in self.state.items()},
             keys=None if self.keys is None else tuple(self.keys[row] for row in order),
+            evidence=_rows(self.evidence, index),
+            grounding=_rows(self.grounding, index),
+            segment=_rows(self.segment, index),
+            stacked=None,
+            extent=_rows(self.extent, index),
+            tables=None if self.tables is None else (_rows(self.tables[0], index), _rows(self.tables[1], index)),
         )
 
     def stage(self, layer: int) -> Stage | None:
@@ -271,6 +300,10 @@ class Plan:
 def _ruling(stages: Sequence[Stage], layer: int) -> Stage | None:
     ruling = [stage for stage in stages if stage.layer <= layer]
     return ruling[-1] if ruling else None
+
+
+def _rows(x: T, index: Tensor) -> T:
+    return x if x is None else x[_on(index, x)]
 
 
 def _on(index: Tensor, like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmattn import chat
 from vlmattn import context as contexts
@@ -23,7 +24,8 @@ from vlmattn.methods.base import Method, Resizer
 from vlmattn.methods.compressor import Compressor
 from vlmattn.patches import families as family_registry
 from vlmattn.patches.engine import Engine
-from vlmattn.patches.stats import Statistic, collect
+from vlmattn.patches.prompt import answered
+from vlmattn.patches.stats import Statistic, collect, per_token
 from vlmattn.patches.text_tower import TextTower as TextTower
 from vlmattn.patches.vision import VisionStore as VisionStore
 from vlmattn.report import Report
@@ -196,7 +198,27 @@ class Session:
         questions = [asked] if isinstance(asked, str) else list(asked)
         if not questions or not all(isinstance(question, str) for question in questions):
             raise CallError(f"question({asked!r}): give a text, or a list of one text a sample")
-        with self._engine.question(questions):
+        with self._engine.during("questions", tuple(questions)):
+            yield
+
+    @contextmanager
+    def segments(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> Iterator[None]:
+        """Inside, these are the segments that `pine` orders, instead of the images of a prompt.
+
+        Args:
+            ranges: per sample the columns of the padded prompt, from and to (not included), such as
+                `[[(5, 25), (25, 45)]]`.
+
+        Raises:
+            CallError: these are no ranges.
+        """
+        try:
+            given = tuple(tuple((operator.index(start), operator.index(stop)) for start, stop in row) for row in ranges)
+        except (TypeError, ValueError):
+            raise CallError(
+                f"segments({ranges!r}): give for every sample pairs of columns, [[(5, 25), (25, 45)]]"
+            ) from None
+        with self._engine.during("segments", given):
             yield
 
     @property
@@ -266,7 +288,7 @@ class Session:
         self._alive()
         resizer = self._engine.program.resizer
         found = list(pictures) if resizer is None else [self._resized(resizer, picture) for picture in pictures]
-        with self._engine.resized():
+        with self._engine.during("resized", True):
             yield found
 
     def answer(self, image: Image, text: str, **generate_kwargs: Any) -> str:
@@ -318,6 +340,38 @@ class Session:
         inputs = self.processor.image_processor(images=[picture], return_tensors="pt")
         ((_, height, width),) = self._engine.family.input_grids(self._engine.config, inputs)
         return height, width
+
+    def token_divergence(self, inputs: Mapping[str, Any], sequences: Tensor) -> Statistic:
+        """How much every head depends on the image at every generated token: VHD, the distance of its output from that
+        of a run without the image (arXiv 2412.13949, equation 4; no outlier rule).
+
+        One pass over the prompts and their answers, with the installed methods and the same text without its images
+        beside. `vlmattn.methods.attend.vhr.total_divergence` makes T-VHD of it, the paper's signal: tokens with a low
+        one are more often hallucinated.
+
+        Args:
+            inputs: what `generate()` was called with, tensors by name.
+            sequences: `(B, N + T)` long, what it returned, prompts included; one sequence a prompt.
+
+        Returns:
+            `(T, L, B, H)` fp32 with the axes token, layer, sample and head; row t is where token t was decided.
+
+        Raises:
+            CallError: inputs and sequences do not match, there is no image, or the session was removed.
+        """
+        self._alive()
+        engine, before = self._engine, self._engine.last
+        longer = answered(engine.family, inputs, sequences)
+        engine.configure(self.methods, divergence=True)
+        try:
+            with torch.no_grad(), self.prompt(inputs["input_ids"].shape[1]):
+                self.model(**longer, use_cache=False)
+            if engine.last is None or engine.last is before:
+                raise CallError("there is nothing to compare: the prompts hold no image")
+            return per_token(engine.last, engine.dims.num_layers)
+        finally:
+            engine.last = before
+            engine.configure(self.methods, divergence=False)
 
     def geometry(self, images: Sequence[Image], inputs: Mapping[str, Any]) -> list[Geometry]:
         """The pixels behind the visual tokens.

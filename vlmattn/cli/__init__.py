@@ -15,7 +15,7 @@ from vlmattn.cli.common import app
 
 __all__ = ["app", "main"]
 
-_ORDER = ("demo", "run", "evaluate", "compare", "discover", "layers", "listing", "check", "bench")
+_ORDER = ("demo", "run", "show", "evaluate", "compare", "discover", "layers", "listing", "check", "bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmattn.edits import GROUPS, TEXT_SINK, VISUAL, VISUAL_SINK, AttnEdit
+from vlmattn.edits import GROUPS, SINK_GROUPS, VISUAL_GROUPS, AttnEdit, Boost
 
 CHUNK = 64
 STATISTICS = ("visual_mass", "sink_mass", "entropy", "max")
@@ -87,13 +87,6 @@ def probabilities(
     groups, count = heads // kv_heads, rows.shape[0]
     picked = query[:, :, rows].reshape(batch, kv_heads, groups * count, dim)
     scores = (picked.float() @ key.float().transpose(-1, -2)).mul_(scaling).view(batch, heads, count, keys)
-    if request.edit is not None and request.edit.maps_scores:
-        mapped = map_scores(scores, request.tag, request.edit)
-        if request.edit.hide:
-            own = torch.arange(keys, device=key.device) == (rows + keys - length)[:, None]
-            unseen = hidden(request.tag, request.edit)[:, None, None] & ~own
-            mapped = mapped.masked_fill(unseen, -torch.inf)
-        scores = torch.where(touched(request, rows)[:, None, :, None], mapped, scores)
     allowed = (request.tag < len(GROUPS))[:, None, None, :]
     if mask is not None and mask.ndim == 4:
         part = mask[:, :, rows, :keys]
@@ -103,17 +96,44 @@ def probabilities(
     else:
         position = torch.arange(keys, device=key.device)
         allowed = allowed & (position[None, :] <= (rows + keys - length)[:, None])
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    return scores.softmax(-1).nan_to_num()
+    edit = request.edit
+    if edit is not None and edit.maps_scores:
+        mapped = map_scores(scores, request.tag, edit, allowed)
+        if edit.hide:
+            own = torch.arange(keys, device=key.device) == (rows + keys - length)[:, None]
+            mapped = mapped.masked_fill(hidden(request.tag, edit)[:, None, None] & ~own, -torch.inf)
+        edited = touched(request, rows)[:, None, :, None] & _heads(edit, heads, scores.device)[:, None, None]
+        scores = torch.where(edited, mapped, scores)
+    return _softmax(scores, allowed)
 
 
-def map_scores(scores: Tensor, tag: Tensor, edit: AttnEdit) -> Tensor:
-    """Score maps of an edit on `(B, H, R, S)`: group scales, the visual boost, an additive bias."""
+def _softmax(scores: Tensor, allowed: Tensor) -> Tensor:
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num()
+
+
+def _heads(edit: AttnEdit, count: int, device: torch.device) -> Tensor:
+    """`(H,)` bool, the heads that are edited."""
+    chosen = torch.full((count,), edit.heads is None, dtype=torch.bool, device=device)
+    if edit.heads:
+        chosen[list(edit.heads)] = True
+    return chosen
+
+
+def map_scores(scores: Tensor, tag: Tensor, edit: AttnEdit, allowed: Tensor) -> Tensor:
+    """Score maps of an edit on `(B, H, R, S)`: group scales, the boost, an additive bias.
+
+    Keys that are not `allowed` `(B or 1, 1, R or 1, S)` bool have no part in what heads share.
+    """
     if edit.scale is not None:
-        scores = scores * _per_key(edit.scale, tag)[:, None, None, :]
-    if edit.logit_strength:
-        visual = ((tag == VISUAL) | (tag == VISUAL_SINK))[:, None, None, :]
-        scores = torch.where(visual, scores + edit.logit_strength * scores.abs(), scores)
+        scores = scores * _per_key(edit.scale, 1.0, tag)[:, None, None, :]
+    if edit.logit_strength is not None:
+        strength = _per_key(edit.logit_strength, 0.0, tag)[:, None, None, :]
+        if edit.head_limit:
+            mass = masses(_softmax(scores, allowed), tag)[..., list(VISUAL_GROUPS)].sum(-1)
+            share = mass / mass.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            strength = strength * share.clamp_max(edit.head_limit)[..., None]
+        size = scores.abs().mean(1, keepdim=True) if edit.across_heads else scores.abs()
+        scores = scores + strength * size
     return scores if edit.bias is None else scores + edit.bias[:, None, None, :]
 
 
@@ -122,10 +142,14 @@ def hidden(tag: Tensor, edit: AttnEdit) -> Tensor:
     return torch.isin(tag, torch.tensor(edit.hide, dtype=tag.dtype, device=tag.device))
 
 
-def _per_key(values: tuple[float, ...], tag: Tensor) -> Tensor:
-    """`(B, S)` fp32, the group's value of every key; 0 where the slot is not a key."""
-    table = torch.tensor([*values, 0.0], dtype=torch.float32, device=tag.device)
-    return table[tag.long().clamp_max(len(values))]
+def _table(values: tuple[float, ...], neutral: float, device: torch.device) -> Tensor:
+    """`(G,)` fp32, the value of every group; `neutral` for those left out."""
+    return torch.tensor([*values, *[neutral] * (len(GROUPS) - len(values))], dtype=torch.float32, device=device)
+
+
+def _per_key(values: tuple[float, ...], neutral: float, tag: Tensor) -> Tensor:
+    """`(B, S)` fp32, the group's value of every key; that of some group where the slot is not a key."""
+    return _table(values, neutral, tag.device)[tag.long().clamp_max(len(GROUPS) - 1)]
 
 
 def masses(p: Tensor, tag: Tensor) -> Tensor:
@@ -136,27 +160,57 @@ def masses(p: Tensor, tag: Tensor) -> Tensor:
 
 def edit_rows(p: Tensor, tag: Tensor, edit: AttnEdit) -> tuple[Tensor, Tensor]:
     """The mass edit on `(B, H, R, S)`: new probabilities, and `(B, H, R)` bool where the row changed."""
-    mass = masses(p, tag)
+    mass, tiny = masses(p, tag), torch.finfo(torch.float32).tiny
     gate = torch.full(p.shape[:-1], edit.maps_scores, dtype=torch.bool, device=p.device)
     factor = torch.ones_like(mass)
     if edit.take is not None:
-        take = torch.tensor(edit.take, dtype=torch.float32, device=p.device)
-        visual = mass[..., VISUAL] + mass[..., VISUAL_SINK]
+        take = _table(edit.take, 0.0, p.device)
+        visual = mass[..., list(VISUAL_GROUPS)].sum(-1)
         receiver = mass[..., edit.give]
         taken = (mass * take).sum(-1)
         open_ = (visual >= edit.min_visual) & (receiver >= edit.min_share * visual) & (receiver > 0) & (taken > 0)
         change = -take.expand_as(mass).clone()
-        change[..., edit.give] += taken / receiver.clamp_min(torch.finfo(torch.float32).tiny)
+        change[..., edit.give] += taken / receiver.clamp_min(tiny)
         factor = factor + torch.where(open_[..., None], change, 0.0)
         gate = gate | open_
     if edit.coefficient is not None:
-        factor = factor * torch.tensor(edit.coefficient, dtype=torch.float32, device=p.device)
+        scaled = factor * _table(edit.coefficient, 1.0, p.device)
         if edit.renormalise:
-            factor = factor / (factor * mass).sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        gate = torch.ones_like(gate)
+            scaled = scaled / (scaled * mass).sum(-1, keepdim=True).clamp_min(tiny)
+        open_ = (mass >= _table(edit.min_mass or (), 0.0, p.device)).all(-1)
+        factor = torch.where(open_[..., None], scaled, factor)
+        gate = gate | open_
+    gate = (gate | bool(edit.boosts)) & _heads(edit, p.shape[1], p.device)[:, None]
+    factor = torch.where(gate[..., None], factor, 1.0)
     padded = torch.cat([factor, torch.zeros_like(factor[..., :1])], -1)
     index = tag.long().clamp_max(len(GROUPS))[:, None, None, :].expand(*p.shape[:-1], -1)
-    return p * padded.gather(-1, index), gate
+    new = p * padded.gather(-1, index)
+    for boost in edit.boosts:
+        chosen = top_heads(looked(p, mass, boost), boost.share) & gate
+        new = new * torch.where(chosen[..., None], boost.factor[:, None, None, :], 1.0)
+    return new / new.sum(-1, keepdim=True).clamp_min(tiny) if edit.boosts else new, gate
+
+
+def looked(p: Tensor, mass: Tensor, boost: Boost) -> Tensor:
+    """`(B, H, R)`: how much heads look at what counts for a boost; `p` `(B, H, R, S)`, `mass` `(B, H, R, G)`."""
+    total = torch.einsum("bhrs,bs->bhr", p, boost.rank)
+    if not boost.within:
+        return total
+    return total / mass[..., list(boost.within)].sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def top_heads(value: Tensor, share: float) -> Tensor:
+    """`(B, H, R)` bool, the share of the heads (rounded down, at least one) with the largest values; ties: lower."""
+    count = max(int(value.shape[1] * share), 1)
+    order = torch.argsort(value, dim=1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(value, dtype=torch.bool).scatter(1, order, True)
+
+
+def given(p: Tensor, tag: Tensor, boost: Boost) -> Tensor:
+    """`(B, R)`: what a boost's heads give to what counts, their mean; `p` `(B, H, R, S)`."""
+    chosen = top_heads(looked(p, masses(p, tag), boost), boost.share)
+    total = torch.einsum("bhrs,bs->bhr", p, boost.rank)
+    return (total * chosen).sum(1) / chosen.sum(1)
 
 
 def weighted(p: Tensor, value: Tensor) -> Tensor:
@@ -171,5 +225,5 @@ def row_statistics(p: Tensor, tag: Tensor) -> Tensor:
     """`(B, H, 4)` in the order of `STATISTICS` of one row of probabilities `(B, H, S)`; entropy in nats."""
     mass = masses(p, tag)
     entropy = -torch.xlogy(p, p).sum(-1)
-    visual, sink = mass[..., VISUAL] + mass[..., VISUAL_SINK], mass[..., TEXT_SINK] + mass[..., VISUAL_SINK]
+    visual, sink = (mass[..., list(groups)].sum(-1) for groups in (VISUAL_GROUPS, SINK_GROUPS))
     return torch.stack([visual, sink, entropy, p.amax(-1)], -1)

@@ -1,7 +1,7 @@
 """What a method may implement and what it may see.
 
-A method is a frozen dataclass whose fields are the paper's hyper-parameters. `register` puts it under its name into the
-registry, and with that into the spec language, the CLI, the README table and the contract tests.
+A method is a frozen dataclass of the paper's hyper-parameters. `register` puts it under its name into the registry, and
+with that into the spec language, the CLI, the README table and the contract tests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -72,7 +72,7 @@ class Method(ABC):
     @property
     def needs(self) -> frozenset[str]:
         """What the engine must provide for this method: `layer_input`, `layer_keys`, `text_rows`, `projector`, `norms`
-        or `content_key` for a `View`, `sink_dims` for a `LayerView`, `text_stream` for a `HeadGain`."""
+        or `content_key` for a `View`, `sink_dims` for a `LayerView`, `text_stream` for a `HeadGain`, a `head_list`."""
         return frozenset()
 
     @property
@@ -402,17 +402,22 @@ class Editor(Method):
 
     kind: ClassVar[str] = "attend"
 
-    def layers(self, num_layers: int) -> range:
+    def layers(self, num_layers: int) -> Sequence[int]:
         """The decoder layers that are edited."""
         raise NotImplementedError(f"{type(self).__name__} must implement layers(num_layers)")
 
-    def tags(self, view: LayerView) -> Tags:
-        """Groups of the prompt's keys in one layer, once per prompt; generated tokens are text."""
-        raise NotImplementedError(f"{type(self).__name__} must implement tags(view)")
+    @property
+    def looks(self) -> Mapping[str, Look]:
+        """What is wanted of the vision tower as `LayerView.vision`, by a name of the method's own."""
+        return {}
 
-    def edit(self) -> AttnEdit:
-        """The edit, the same in every layer."""
-        raise NotImplementedError(f"{type(self).__name__} must implement edit()")
+    def tags(self, view: LayerView) -> Tags:
+        """Groups of the prompt's keys in one layer, by default text and visual; tokens after the prompt are text."""
+        return Tags(view.tag, view.visual.any(1))
+
+    def edit(self, layer: int) -> AttnEdit:
+        """The edit of one layer."""
+        raise NotImplementedError(f"{type(self).__name__} must implement edit(layer)")
 
 
 @dataclass(frozen=True)

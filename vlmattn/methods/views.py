@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vlmattn.edits import NOT_A_KEY, VISUAL
 from vlmattn.errors import SpecError
 from vlmattn.spans import Raster, Span
 
@@ -183,12 +184,35 @@ class LayerView:
         real: `(B, S)` bool, False at padding.
         sink_dims: hidden dimensions that carry massive activations in this checkpoint; None if `sink_dims` is not
             needed.
+        vision: what `Editor.looks` asks for, `(B, V, ...)` by name, over all visual tokens of the prompt, those that
+            were pruned too; zeros at padding.
+        grid: `(B, V)` long, index of their grid (an image, or one of several pictures of it) within the sample, -1 at
+            padding.
+        token: `(B, S)` long, which of them a slot holds; -1 for text, newline tokens and padding.
     """
 
     hidden: Tensor
     visual: Tensor
     real: Tensor
     sink_dims: tuple[int, ...] | None = None
+    vision: Mapping[str, Tensor] = field(default_factory=dict)
+    grid: Tensor | None = None
+    token: Tensor | None = None
+
+    @property
+    def tag(self) -> Tensor:
+        """`(B, S)` uint8, `TEXT`, `VISUAL` or `NOT_A_KEY`."""
+        return torch.where(self.real, self.visual.to(torch.uint8) * VISUAL, NOT_A_KEY).to(torch.uint8)
+
+    @property
+    def before(self) -> Tensor:
+        """`(B, S)` bool, text before the first visual token."""
+        return self.real & (self.visual.cumsum(1) == 0)
+
+    @property
+    def after(self) -> Tensor:
+        """`(B, S)` bool, text behind the last visual token."""
+        return self.real & (self.visual.flip(1).cumsum(1) == 0).flip(1)
 
 
 @dataclass(frozen=True)

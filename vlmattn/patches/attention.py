@@ -58,6 +58,8 @@ class Work:
         put_keys: receives the rotated keys, `(B, Hkv, N, D)`; None: nobody asks.
         request: the edit and the statistics wanted; None: neither.
         put_statistics: receives the statistics, `(B, H, 4)` fp32.
+        attend: queries, keys, values and scaling to what stands in place of the model's attention.
+        look: called with queries, keys, mask and scaling, for what else a method wants to see of the layer.
         backend: which implementation serves the request; None: the fastest.
         timed: `Program.timed`, around the scores.
     """
@@ -69,6 +71,8 @@ class Work:
     put_statistics: Callable[[Tensor], None] | None = None
     backend: str | None = None
     timed: Callable[[torch.device], AbstractContextManager[None]] = lambda device: nullcontext()
+    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    look: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None
 
 
 def base_function(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -110,6 +114,10 @@ class Registration:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         work: Work | None = kwargs.pop(PRIVATE, None)
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if work is not None and work.attend is not None:
+            return work.attend(query, key, value, scaling), None
         if work is not None and work.taken is not None:
             places = work.taken[:, None, :, None].to(key.device)
             key, value = (x.gather(2, places.expand(-1, x.shape[1], -1, x.shape[3])) for x in (key, value))
@@ -118,13 +126,13 @@ class Registration:
         out, weights = base_function(self.base, module)(module, query, key, value, attention_mask, **kwargs)
         if work is None:
             return out, weights
-        scaling = kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         with work.timed(query.device):
             for scoring in work.scorings:
                 scoring.put(attention_received(query, key, attention_mask, scaling, **scoring.options))
         if work.put_keys is not None:
             work.put_keys(key)
+        if work.look is not None:
+            work.look(query, key, attention_mask, scaling)
         if work.request is not None:
             serve = backend(work.backend)
             out, statistics = serve(query, key, value, attention_mask, scaling, out, work.request)

@@ -80,7 +80,7 @@ class Decoder:
         key = self._project(layer, self.family.key, entering)
         query = self._project(layer, self.family.query, entering[:, first:])
         if tables is not None:
-            cos, sin = self._merged(tables)
+            cos, sin = self.merged(tables)
             key = _rotate(key, cos, sin)
             query = _rotate(query, cos[..., first:, :], sin[..., first:, :])
         return attention_received(query, key, mask, query.shape[-1] ** -0.5, **score)
@@ -94,7 +94,7 @@ class Decoder:
             heads = norm(heads)
         return heads.transpose(1, 2)
 
-    def _merged(self, tables: Tables) -> Tables:
+    def merged(self, tables: Tables) -> Tables:
         """Tables `(B or 1, N, D)`: some releases merge the axes of M-RoPE only inside the attention."""
         if tables[0].ndim == 3:
             return tables

@@ -26,7 +26,7 @@ from vlmattn.errors import CallError, VlmattnWarning
 from vlmattn.methods.base import Method
 from vlmattn.methods.views import Paired
 from vlmattn.patches import cache as caches
-from vlmattn.patches import families, streams
+from vlmattn.patches import families, rehearsal, streams
 from vlmattn.patches.attention import Registration, is_living
 from vlmattn.patches.clock import Clock
 from vlmattn.patches.decoder import Decoder
@@ -121,6 +121,7 @@ class Engine:
         record: bool | None = None,
         backend: str | None = None,
         timed: bool | None = None,
+        divergence: bool | None = None,
     ) -> None:
         """Exchange the methods of an installed engine, or how it works; if they do not fit, the old ones stay.
 
@@ -129,12 +130,14 @@ class Engine:
             record: whether statistics are kept; None: as before.
             backend: attention backend; None: as before.
             timed: whether the time that choosing takes is added up; None: as before.
+            divergence: whether all heads are compared with a text-only stream; None: as before.
         """
         program = dataclasses.replace(
             self._compile(methods),
             record=self.program.record if record is None else record,
             backend=self.program.backend if backend is None else backend,
             clock=self.program.clock if timed is None else Clock() if timed else None,
+            divergence=self.program.divergence if divergence is None else divergence,
         )
         before = self.methods, self.program
         self.methods, self.program = tuple(methods), program
@@ -168,7 +171,7 @@ class Engine:
             stack.callback(registration.remove)
             for index in self.program.skipped:
                 self._replace(stack, self.layers[index], "forward", _pass_through)
-            for index in self.program.heads:
+            for index in range(len(self.layers)) if self.program.divergence else self.program.heads:
                 projection = operator.attrgetter(self.family.output_projection)(self.layers[index])
                 hook = functools.partial(self._on_heads, index)
                 stack.callback(projection.register_forward_pre_hook(hook).remove)
@@ -294,7 +297,7 @@ class Engine:
                 if self.program.acts:
                     raise CallError("features do not tell how the tokens of an image lie: pass pixel_values instead")
                 return None
-            if self.program.resizer is not None and not self._local.__dict__.get("resized"):
+            if self.program.resizer is not None and not self.told("resized"):
                 raise CallError(
                     f"{self.program.resizer} changes images before the processor sees them, and these inputs were made "
                     "without it: use session.answer(image, text), or make the inputs and call the model inside "
@@ -342,7 +345,7 @@ class Engine:
     def _pair(self, ids: Tensor, plan: Plan) -> Paired:
         """The question of every row of `ids`, embedded by the text tower."""
         assert self.text_tower is not None
-        asked: tuple[str, ...] = self._local.__dict__.get("questions", ())
+        asked: tuple[str, ...] = self.told("questions") or ()
         tokenizer = getattr(self.owner.processor, "tokenizer", None)
         if not asked and tokenizer is None:
             raise CallError(
@@ -352,24 +355,20 @@ class Engine:
         return self.text_tower.pair(asked or read_questions(ids, plan, tokenizer), len(ids))
 
     @contextmanager
-    def question(self, asked: Sequence[str]) -> Iterator[None]:
-        """Inside, `asked` are the questions of this thread's prompts, one for all rows or one a row."""
-        before = self._local.__dict__.get("questions", ())
-        self._local.questions = tuple(asked)
+    def during(self, name: str, value: Any) -> Iterator[None]:
+        """Inside, `told(name)` gives this for the prompts of this thread: `questions`, one for all rows or one a row;
+        `segments`, see `segments.Ranges`; `rehearsal`, see `rehearsal.begin`; `resized`, whether the images went
+        through the installed resizer."""
+        before = self.told(name)
+        setattr(self._local, name, value)
         try:
             yield
         finally:
-            self._local.questions = before
+            setattr(self._local, name, before)
 
-    @contextmanager
-    def resized(self) -> Iterator[None]:
-        """Inside, this thread's images went through the installed resizer."""
-        before = self._local.__dict__.get("resized", False)
-        self._local.resized = True
-        try:
-            yield
-        finally:
-            self._local.resized = before
+    def told(self, name: str) -> Any:
+        """What `during` said last; None: nothing."""
+        return self._local.__dict__.get(name)
 
     def _enter(self, live: Pass, changed: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if live.busy:
@@ -387,6 +386,7 @@ class Engine:
             if cache is not None:
                 caches.shrink(cache, plan)
             plan.settle()
+        rehearsal.settle(live)
         if live.statistics:
             plan.steps.append({layer: rows[: plan.samples] for layer, rows in live.statistics.items()})
         doubled = live.prefill and plan.visual.shape[0] != plan.samples
@@ -453,7 +453,8 @@ class Engine:
                 config = options.get("generation_config") or getattr(self.model, "generation_config", None)
                 check_options(options, config, self.program.evictors.values())
                 ids = options.get("input_ids", options.get("inputs"))
-                with self.prompt_ends(ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None):
+                length = ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None
+                with self.prompt_ends(length), rehearsal.rehearsed(self, original, options):
                     return original(*args, **kwargs)
             return original(*args, **kwargs)
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmattn.edits import NOT_A_KEY, TEXT, VISUAL, Tags
+from vlmattn.edits import TEXT, AttnEdit, Tags
 from vlmattn.errors import CallError
 from vlmattn.kernels.rows import Request
 from vlmattn.methods.base import Editor, LayerView
 from vlmattn.patches import cache as caches
-from vlmattn.patches import deepstack, streams
+from vlmattn.patches import deepstack, rehearsal, segments, streams
 from vlmattn.patches.attention import PRIVATE, Scoring, Work
 from vlmattn.patches.decoder import Decoder
 from vlmattn.patches.eviction import Core, Watching
@@ -25,7 +25,7 @@ from vlmattn.patches.selection import (
     choose,
     choose_query_rows,
     frame,
-    query_rows,
+    looked,
     score_options,
     wants_scores,
 )
@@ -47,6 +47,9 @@ class Pass:
         new: keys after the prompt, this pass's tokens included.
         watching: what methods that evict from the cache see of this pass; None without them, or without a cache.
         statistics: per layer what was recorded in this pass.
+        observed: per layer what the last row saw of the visual tokens, in an answer that is only looked at.
+        placed: whether the keys of this pass have their positions, where segments stand side by side.
+        grounded: `(B, N)` fp32, how much the rows of this pass look at the evidence, summed over layers.
     """
 
     plan: Plan
@@ -57,6 +60,9 @@ class Pass:
     watching: Watching | None = None
     memo: dict[tuple[str, int], Any] = field(default_factory=dict)
     statistics: dict[int, Tensor] = field(default_factory=dict)
+    observed: dict[int, Tensor] = field(default_factory=dict)
+    placed: bool = False
+    grounded: Tensor | None = None
 
     @property
     def busy(self) -> bool:
@@ -89,9 +95,13 @@ class Pass:
     def leave_heads(self, index: int, joined: Tensor) -> Tensor | None:
         """Scale the joined head outputs `(rows, N, H * D)` of layer `index`; None to leave them."""
         method = self.program.heads.get(index)
+        rows, length, width = joined.shape
+        if self.program.divergence and self.prefill:
+            later = joined[:, -1 - self.plan.ahead :].unflatten(-1, (self.decoder.heads, -1)).float()
+            image, text = later.split(self.plan.samples)
+            self.plan.token_divergences[index] = (image - text).norm(dim=-1)
         if method is None:
             return None
-        rows, length, width = joined.shape
         gain = self.plan.gains.get(index)
         if self.prefill and gain is None:
             heads = self.decoder.heads
@@ -171,6 +181,10 @@ class Pass:
     ) -> Work | None:
         """What the attention of layer `index` does beside attending."""
         request = self._request(index, stage, hidden, core)
+        tag = request.tag if request is not None and request.last is not None else None
+        attend = segments.attention(self, index, hidden, kwargs, tag)
+        if attend is not None:
+            return Work(attend=attend)
         follower = self.program.pruners.get(index + 1) if self.prefill else None
         attention = None if follower is None else follower.pruner.attention
         taken = None if core is None else core.taken
@@ -184,7 +198,8 @@ class Pass:
                 self._score(follower, index, stage, hidden, kwargs, before=index + 1)
         if follower is not None and "layer_keys" in follower.pruner.needs:
             put_keys = functools.partial(self.plan.layer_keys.__setitem__, index + 1)
-        if taken is None and not scorings and put_keys is None and request is None:
+        look = rehearsal.look(self, index)
+        if taken is None and not scorings and put_keys is None and request is None and look is None:
             return None
         return Work(
             taken=taken,
@@ -194,6 +209,7 @@ class Pass:
             put_statistics=functools.partial(self.statistics.__setitem__, index) if self.program.record else None,
             backend=self.program.backend,
             timed=self.program.timed,
+            look=look,
         )
 
     def _watched(
@@ -215,50 +231,50 @@ class Pass:
         if editor is None and not self.program.record:
             return None
         if self.prefill:
-            slots = frame(self.plan, stage)
-            real, visual = slots.real.to(hidden.device), slots.imagery.to(hidden.device)
-            fresh = _tags(editor, hidden, real, visual, self.program.sink_dims)
+            fresh = _tags(editor, hidden, self.plan, stage, self.program.sink_dims)
             if self.plan.ahead:
                 fresh.tag[:, -self.plan.ahead :] = TEXT  # tokens after the prompt are text, whatever they look like
             self.plan.tags[index] = fresh
         tags = self.plan.tags.get(index)
         if tags is None or not (tags.acts or self.program.record):
             return None
-        editor = editor if tags.acts else None
+        edit = editor.edit(index) if editor is not None and tags.acts else None
         tag, active = tags.tag.to(hidden.device), tags.active.to(hidden.device)
         if self.prefill:
-            rows = _edited_rows(editor, self.plan, stage).to(hidden.device)
+            rows = _edited_rows(edit, self.plan, stage).to(hidden.device)
+            edit = rehearsal.equipped(self, editor, edit, tag)
         else:
             tag = torch.nn.functional.pad(tag, (0, self.new), value=TEXT)
             tag = tag if core is None else core.tags(tag)
-            edited = editor is None or editor.edit().generated
+            edited = edit is None or edit.generated
+            edit = rehearsal.equipped(self, editor, edit, tag)
             rows = torch.full(hidden.shape[:2], edited, dtype=torch.bool, device=hidden.device)
         last = -1 - self.plan.ahead if self.program.record else None
-        return Request(tag, active, rows, None if editor is None else editor.edit(), last)
+        return Request(tag, active, rows, edit, last)
 
 
 def _tags(
-    editor: Editor | None, hidden: Tensor, real: Tensor, visual: Tensor, sink_dims: tuple[int, ...] | None
+    editor: Editor | None, hidden: Tensor, plan: Plan, stage: Stage | None, sink_dims: tuple[int, ...] | None
 ) -> Tags:
-    if editor is not None:
-        tags = editor.tags(LayerView(hidden, visual, real, sink_dims))
-        # one look from the host per layer and prompt spares every later step of a layer that is left alone
-        return Tags(tags.tag, tags.active, bool(tags.active.any()))
-    tag = torch.where(real, visual.to(torch.uint8) * VISUAL, NOT_A_KEY).to(torch.uint8)
-    return Tags(tag, torch.zeros_like(real[:, 0]))
+    slots = frame(plan, stage)
+    view = LayerView(hidden, slots.imagery.to(hidden.device), slots.real.to(hidden.device), sink_dims)
+    if editor is None:
+        return Tags(view.tag, torch.zeros_like(view.real[:, 0]))
+    tags = editor.tags(looked(editor, view, slots, plan))
+    # one look from the host per layer and prompt spares every later step of a layer that is left alone
+    return Tags(tags.tag, tags.active, bool(tags.active.any()))
 
 
-def _edited_rows(editor: Editor | None, plan: Plan, stage: Stage | None) -> Tensor:
-    """`(B, M)` bool, the rows of the prompt that an editor changes: text behind the first image, or the last row."""
+def _edited_rows(edit: AttnEdit | None, plan: Plan, stage: Stage | None) -> Tensor:
+    """`(B, M)` bool, rows that an edit changes: of the prompt, see `AttnEdit.rows`, and of tokens guessed behind it."""
     slots = frame(plan, stage)
     real, visual = slots.real, slots.imagery
-    if editor is None:
+    if edit is None:
         return torch.zeros_like(real)
-    if editor.edit().rows == "generated":
-        return torch.zeros_like(real)
-    if editor.edit().rows == "last":
-        return query_rows("last", "", plan, stage) & visual.any(1, keepdim=True)
-    return real & ~visual & (visual.cumsum(1) > 0)
+    behind = (visual.flip(1).cumsum(1) == 0).flip(1)
+    guess = torch.arange(real.shape[1], device=real.device) - (real.shape[1] - plan.ahead)
+    prompt = {"text": ~visual, "after": behind, "last": guess == -1, "generated": torch.zeros_like(real)}[edit.rows]
+    return real & (visual.cumsum(1) > 0) & torch.where(guess >= 0, edit.generated, prompt)
 
 
 def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
@@ -286,8 +302,13 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
         )
     _check_mask(arguments.get("attention_mask"))
     plan.skipped = frozenset(program.skipped)
+    rehearsal.begin(engine, plan)
+    if program.segmenter is not None:
+        segments.find(plan, engine.told("segments") or ())
     if "text_stream" in program.needs:
         plan = streams.double(plan, arguments)
+    if program.segmenter is not None and plan.segment is not None:
+        segments.place(program.segmenter, plan, arguments.get("position_ids"))
     live = Pass(plan, program, engine.decoder, prefill=True)
     deepstack.take_over(engine.family, arguments, plan, engine.decoder.num_layers)
     if cache is not None:
@@ -345,7 +366,12 @@ def _cut_inputs(arguments: dict[str, Any], plan: Plan, chosen: Chosen) -> None:
 def begin_decode(
     plan: Plan, program: Program, decoder: Decoder, arguments: dict[str, Any]
 ) -> tuple[Pass, dict[str, Any]]:
-    """Start a pass after the prefill: decoding, verification, or a second turn."""
+    """Start a pass after the prefill: decoding, verification, or a second turn.
+
+    Raises:
+        CallError: the cache is of a method that is no longer installed.
+    """
+    segments.check(plan, program.segmenter)
     cache = arguments["past_key_values"]
     step = arguments.get("inputs_embeds")
     step = arguments.get("input_ids") if step is None else step

@@ -15,6 +15,8 @@ from vlmattn.cost import Dims
 from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
 from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Resizer, Selector
 from vlmattn.methods.cache import Evictor
+from vlmattn.methods.rehearsal import Rehearser
+from vlmattn.methods.segments import Segmenter
 from vlmattn.methods.skipper import Skipper
 from vlmattn.patches.clock import Clock
 from vlmattn.patches.families.base import CAPABILITIES, Family
@@ -37,6 +39,7 @@ class Program:
         resizer: what changes the images before the processor sees them.
         sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
         record: whether statistics are kept.
+        divergence: whether the head outputs of all layers are compared with those of a text-only stream.
         backend: attention backend; None: the fastest.
         clock: adds up the time that choosing takes, if it is to be known.
     """
@@ -49,6 +52,7 @@ class Program:
     resizer: Resizer | None = None
     sink_dims: tuple[int, ...] | None = None
     record: bool = False
+    divergence: bool = False
     backend: str | None = None
     clock: Clock | None = None
 
@@ -64,7 +68,7 @@ class Program:
     @property
     def acts(self) -> bool:
         """Whether there is anything to do in a generation with images."""
-        return self.changes or self.record
+        return self.changes or self.record or self.divergence
 
     @property
     def methods(self) -> list[Method]:
@@ -73,9 +77,20 @@ class Program:
         return [*(turn.pruner for turn in self.pruners.values()), *(m for table in tables for m in table.values())]
 
     @property
+    def rehearser(self) -> Rehearser | None:
+        """The method that answers twice, if any."""
+        return next((editor for editor in self.editors.values() if isinstance(editor, Rehearser)), None)
+
+    @property
+    def segmenter(self) -> Segmenter | None:
+        """The method that orders segments, if any."""
+        return next((editor for editor in self.editors.values() if isinstance(editor, Segmenter)), None)
+
+    @property
     def needs(self) -> frozenset[str]:
-        """Union of what the methods need."""
-        return frozenset(need for method in self.methods for need in method.needs)
+        """Union of what the methods and the statistics need."""
+        own = frozenset({"text_stream"} if self.divergence else ())
+        return own.union(*(method.needs for method in self.methods))
 
     @property
     def compares(self) -> list[str]:
@@ -85,7 +100,8 @@ class Program:
     @property
     def looks(self) -> frozenset[Look]:
         """What methods look at inside the vision tower, so that it must run for every prompt."""
-        return frozenset(look for turn in self.pruners.values() for look in turn.pruner.looks.values())
+        lookers: list[Selector | Editor] = [*(turn.pruner for turn in self.pruners.values()), *self.editors.values()]
+        return frozenset(look for method in lookers for look in method.looks.values())
 
 
 def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: Family, has: frozenset[str]) -> Program:
@@ -105,6 +121,9 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
     """
     program = Program()
     for method in (part for whole in methods for part in whole.parts(dims.num_layers)):
+        if "head_list" in method.needs and not method.is_noop:
+            known: Any = {"heads": presets.head_list(config, method.name)}
+            method = dataclasses.replace(method, **known)
         turns: list[Any]
         if isinstance(method, Resizer):
             program = _with_resizer(program, method, family, has)
@@ -115,6 +134,7 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
             turns = [Turn(method, stage) for stage in range(len(layers))]
         elif isinstance(method, Editor):
             table, layers, act = program.editors, list(method.layers(dims.num_layers)), "edit attention in"
+            _check_heads(method, layers, dims.heads)
             turns = [method] * len(layers)
         elif isinstance(method, HeadGain):
             table, layers, act = program.heads, method.layers(dims.num_layers), "scale heads in"
@@ -135,6 +155,8 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
             if layer in table:
                 raise SpecError(f"{table[layer]} and {method} both {act} layer {layer}: give one of them other layers")
             table[layer] = turn
+    _check_rehearsal(program)
+    _check_segments(program)
     shrinking = [turn.pruner for turn in program.pruners.values() if turn.pruner.shrink_early_layers]
     if shrinking and program.evictors:
         evictor = next(iter(program.evictors.values()))
@@ -203,6 +225,46 @@ def _with_resizer(program: Program, method: Resizer, family: Family, has: frozen
     if program.resizer is not None:
         raise SpecError(f"{program.resizer} and {method} both change the size of images: leave one of them out")
     return dataclasses.replace(program, resizer=method)
+
+
+def _check_heads(method: Editor, layers: Sequence[int], heads: int) -> None:
+    last = max((head for layer in layers for head in method.edit(layer).heads or ()), default=0)
+    if last >= heads:
+        raise SpecError(f"{method}: there is no head {last}, this model has {heads} query heads in a layer")
+
+
+def _check_rehearsal(program: Program) -> None:
+    """One method may answer twice, and only where all layers hold the same visual tokens."""
+    twice = {str(editor) for editor in program.editors.values() if isinstance(editor, Rehearser)}
+    if len(twice) > 1:
+        raise SpecError(f"{' and '.join(sorted(twice))} both answer twice: install one of them")
+    late = [str(turn) for layer, turn in program.pruners.items() if layer] or _evicting(program)
+    if twice and late:
+        raise SpecError(
+            f"{twice.pop()} compares what the layers look at, and {late[0]} takes keys from some of them: prune before "
+            "layer 0, or leave one of them out"
+        )
+
+
+def _evicting(program: Program) -> list[str]:
+    return [str(method) for method in program.evictors.values()]
+
+
+def _check_segments(program: Program) -> None:
+    """Segments are ordered in all layers, which must hold the same tokens at the positions that this gives them."""
+    method = program.segmenter
+    if method is not None and (evicting := _evicting(program)):
+        raise SpecError(
+            f"{method} gives tokens positions of its own in all layers, and {evicting[0]} takes keys from some of "
+            "them: leave one of them out"
+        )
+    for layer, turn in program.pruners.items():
+        if method is not None and (layer or turn.pruner.positions == "compact"):
+            raise SpecError(
+                f"{method} gives tokens positions of its own in all layers, and {turn} "
+                + ("takes tokens from some of them" if layer else "renumbers them")
+                + ": prune before layer 0 with positions='original', or leave one of them out"
+            )
 
 
 def _check_capabilities(method: Selector | Resizer, family: Family, has: frozenset[str]) -> None:

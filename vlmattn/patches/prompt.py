@@ -100,6 +100,39 @@ def read_prompt(
     return plan
 
 
+def answered(family: Family, inputs: Mapping[str, Any], sequences: Tensor) -> dict[str, Any]:
+    """The inputs of one pass over prompts and answers.
+
+    Args:
+        family: of the model.
+        inputs: `input_ids` `(B, N)`, what else has a value per token, and the pixels.
+        sequences: `(B, N + T)` long, the prompts and what was generated.
+
+    Raises:
+        CallError: the sequences are not these prompts and an answer.
+    """
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise CallError("the inputs hold no input_ids of shape (batch, length): give what generate() was called with")
+    new = sequences.shape[1] - ids.shape[1]
+    if len(sequences) != len(ids) or new < 1 or not torch.equal(sequences[:, : ids.shape[1]], ids):
+        raise CallError(
+            f"sequences of shape {tuple(sequences.shape)} do not continue prompts of shape {tuple(ids.shape)}: give "
+            "what generate() returned for these inputs, one sequence a prompt"
+        )
+    longer = dict(inputs)
+    longer["attention_mask"] = mask = torch.cat(
+        [inputs.get("attention_mask", ids != -1), ids.new_ones(len(ids), new)], 1
+    )
+    for name, value in inputs.items():
+        if name != "attention_mask" and isinstance(value, Tensor) and value.shape == ids.shape:
+            longer[name] = torch.cat([value, value.new_zeros(len(ids), new)], 1)
+    longer["input_ids"] = sequences
+    if family.rope == "1d":  # as generate() counts them
+        longer["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+    return longer
+
+
 def _rasters(family: Family, config: Any, positions: Tensor | None, row: int, span: Span) -> tuple[Raster, ...]:
     rows = None
     if family.rope == "mrope" and positions is not None and positions.ndim == 3 and len(positions) >= 3:

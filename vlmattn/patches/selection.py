@@ -11,11 +11,12 @@ from torch import Tensor
 
 from vlmattn.edits import Keep
 from vlmattn.errors import CallError, SpecError
-from vlmattn.methods.base import Selector
+from vlmattn.methods.base import Editor, Selector
 from vlmattn.methods.views import Attention, LayerView, Text, View
 from vlmattn.patches import deepstack
 from vlmattn.patches.decoder import Decoder
 from vlmattn.plan import Plan, Stage, compact, gather_rows
+from vlmattn.spans import Raster
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def choose(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder)
     """
     pruner, before = turn.pruner, plan.stage(layer)
     columns, real, visual, newline = frame(plan, before)
-    order, shown = _front(visual)
+    order, shown = front(visual)
     if order.shape[1] == 0:  # an earlier stage left nothing to choose from
         return None
     view = _view(turn, layer, hidden, plan, decoder, order, shown)
@@ -215,7 +216,7 @@ def _placed(stage: Stage, before: Stage | None, slots: Tensor, plan: Plan, renum
     return dataclasses.replace(stage, rotary=first + rank, shift=whole.sum(1) - own.sum(1))
 
 
-def _front(flags: Tensor) -> tuple[Tensor, Tensor]:
+def front(flags: Tensor) -> tuple[Tensor, Tensor]:
     """The columns of True flags of every row in order, padded at the end: `(B, n)` long, and `(B, n)` bool validity."""
     width = int(flags.sum(1).max())
     order = torch.argsort((~flags).long(), dim=1, stable=True)[:, :width]
@@ -247,7 +248,7 @@ def _view(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder, 
         written = real & ~visual & ~newline
         if plan.ahead:
             written[:, -plan.ahead :] = False
-        places, there = _front(written)
+        places, there = front(written)
         after = there & _after(plan).gather(1, columns.gather(1, places))
         text = Text(there, after, _rows(hidden, places), None if layer_keys is None else _keys(layer_keys, places))
     return View(
@@ -307,6 +308,27 @@ def _keys(keys: Tensor, places: Tensor) -> Tensor:
     """`(B, n, Hkv, D)` from `(B, Hkv, N, D)`."""
     places = places.to(keys.device)[:, None, :, None]
     return keys.gather(2, places.expand(-1, keys.shape[1], -1, keys.shape[3])).transpose(1, 2)
+
+
+def looked(editor: Editor, view: LayerView, slots: Frame, plan: Plan) -> LayerView:
+    """The view of a layer with these slots of the prompt, with what the editor looks at in the tower.
+
+    Raises:
+        CallError: the tower did not run.
+    """
+    if not editor.looks:
+        return view
+    if not plan.vision:
+        raise CallError(f"{editor} looks into the vision tower: pass pixel_values, not precomputed features")
+    device = view.visual.device
+    vision = {name: plan.vision[look].to(device) for name, look in editor.looks.items()}
+    grid = torch.full(next(iter(vision.values())).shape[:2], -1, dtype=torch.long)
+    for row, spans in enumerate(plan.spans):
+        lengths = [raster.length for span in spans for raster in span.rasters or (Raster((1, 1, span.length)),)]
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+        grid[row, : len(numbers)] = numbers
+    token = torch.where(slots.visual, _rank(plan, slots.columns), -1).to(device)
+    return dataclasses.replace(view, vision=vision, grid=grid.to(device), token=token)
 
 
 def _rank(plan: Plan, where: Tensor) -> Tensor:

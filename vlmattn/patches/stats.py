@@ -13,6 +13,7 @@ from vlmattn.plan import Plan
 
 STEP_AXES = ("step", "layer", "sample", "head")
 HEAD_AXES = ("layer", "sample", "head")
+TOKEN_AXES = ("token", "layer", "sample", "head")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Statistic:
             raise ValueError(f"no axis {sorted(unknown)}: this statistic has {', '.join(self.axes)}")
         dims = [self.axes.index(name) for name in over]
         return Statistic(self.values.nanmean(dims), tuple(name for name in self.axes if name not in over))
+
+
+def per_token(plan: Plan, num_layers: int) -> Statistic:
+    """The divergence of every head at the prompt's last token and all after it but the last, if it was asked for."""
+    table = [plan.token_divergences[layer].cpu() for layer in range(num_layers)]
+    return Statistic(torch.stack(table).permute(2, 0, 1, 3)[:-1], TOKEN_AXES)
 
 
 def collect(plan: Plan, num_layers: int) -> Mapping[str, Statistic]:

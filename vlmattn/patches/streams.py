@@ -46,6 +46,8 @@ def double(plan: Plan, arguments: dict[str, Any]) -> Plan:
         spans=[*plan.spans, *([()] * batch)],
         keys=None if plan.keys is None else (*plan.keys, *([()] * batch)),
         paired=None if plan.paired is None else plan.paired.rows(torch.arange(batch).repeat(2)),
+        segment=None if plan.segment is None else torch.cat([plan.segment, torch.full_like(plan.segment, -1)]),
+        evidence=None if plan.evidence is None else torch.cat([plan.evidence, torch.zeros_like(plan.evidence)]),
         vision={look: torch.cat([values, torch.zeros_like(values)]) for look, values in plan.vision.items()},
     )
 

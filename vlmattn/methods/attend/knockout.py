@@ -14,10 +14,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
-
-from vlmattn.edits import NOT_A_KEY, TEXT, TEXT_SINK, VISUAL, VISUAL_SINK, AttnEdit, Tags
-from vlmattn.methods.base import Editor, LayerView, param, register
+from vlmattn.edits import TEXT, TEXT_SINK, VISUAL, VISUAL_SINK, AttnEdit
+from vlmattn.methods.base import Editor, param, register
 from vlmattn.methods.checks import Checks
 from vlmattn.methods.window import check_window, window_layers
 
@@ -63,12 +61,7 @@ class Knockout(Checks, Editor):
         """The layers of the window."""
         return window_layers(self.window, num_layers, str(self))
 
-    def tags(self, view: LayerView) -> Tags:
-        """Text and visual keys; a sample without visual tokens in this layer is left alone."""
-        tag = torch.where(view.real, view.visual.to(torch.uint8) * VISUAL, NOT_A_KEY).to(torch.uint8)
-        return Tags(tag, view.visual.any(1))
-
-    def edit(self) -> AttnEdit:
+    def edit(self, layer: int) -> AttnEdit:
         """Hide the keys from the rows."""
         rows, generated = ROWS[self.rows]
         return AttnEdit(hide=KEYS[self.keys], rows=rows, generated=generated)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from vlmattn.edits import NOT_A_KEY, TEXT_SINK, VISUAL, VISUAL_SINK, AttnEdit, Tags
-from vlmattn.errors import LayerError, SpecError
-from vlmattn.methods.base import Editor, LayerView, param, register
+from vlmattn.errors import SpecError
+from vlmattn.methods.attend._layers import LayerRange
+from vlmattn.methods.base import LayerView, param, register
 
 
 def sink_strength(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -34,7 +35,7 @@ def sink_strength(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 @register("var", title="See What You Are Told: Visual Attention Sink in Large Multimodal Models", paper="2503.03321")
 @dataclass(frozen=True)
-class VAR(Editor):
+class VAR(LayerRange):
     """Take attention from sink tokens and give it to the visual tokens that are not sinks."""
 
     p: float = param(0.6, "share of the sinks' attention that is taken; the released code takes 0.4")
@@ -44,27 +45,21 @@ class VAR(Editor):
         None, "a token is a sink above this strength; None: 0.3125 * sqrt(width), 20 at width 4096"
     )
     sinks: tuple[int, ...] | None = param(None, "hidden dimensions of the sinks; None: the checkpoint's preset")
-    first_layer: int = param(2, "first decoder layer that is edited")
+    first_layer: int | None = param(2, "first decoder layer that is edited")
     last_layer: int | None = param(None, "last decoder layer that is edited; None: the last but one")
 
     def __post_init__(self) -> None:
         """Validate the fields."""
+        super().__post_init__()
         for name in ("p", "rho", "min_visual"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise SpecError(f"var.{name}={value!r} is outside [0, 1]")
-        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
-        if self.tau is not None and not (number and self.tau > 0):
-            raise SpecError(f"var.tau={self.tau!r}: expected a positive number, or None")
+            self._number(name, "a share in [0, 1]", lambda value: 0 <= value <= 1)
+        if self.tau is not None:
+            self._number("tau", "a positive number, or None", lambda value: value > 0)
         if self.sinks is not None:
             listed = isinstance(self.sinks, (list, tuple))
             if not listed or not all(type(dim) is int and dim >= 0 for dim in self.sinks):
                 raise SpecError(f"var.sinks={self.sinks!r}: expected hidden dimensions such as [1415, 2533]")
             object.__setattr__(self, "sinks", tuple(self.sinks))
-        for name in ("first_layer", "last_layer"):
-            value = getattr(self, name)
-            if (value is not None or name == "first_layer") and (type(value) is not int or value < 0):
-                raise LayerError(f"var.{name}={value!r} is not a layer: give an int, counting from 0")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -80,14 +75,9 @@ class VAR(Editor):
         """The same edit with p = 0."""
         return dataclasses.replace(self, p=0.0)
 
-    def layers(self, num_layers: int) -> range:
-        """First to last edited layer."""
-        last = num_layers - 2 if self.last_layer is None else self.last_layer
-        if not self.first_layer <= last < num_layers:
-            raise LayerError(
-                f"{self}: layers {self.first_layer} to {last} are not a range in a model of {num_layers} decoder layers"
-            )
-        return range(self.first_layer, last + 1)
+    def paper_layers(self, num_layers: int) -> tuple[int, int]:
+        """All but the last."""
+        return 0, num_layers - 2
 
     def tags(self, view: LayerView) -> Tags:
         """Sinks by strength; a sample without a visual sink in this layer is left alone."""
@@ -99,6 +89,6 @@ class VAR(Editor):
         tag = view.visual.to(torch.uint8) * VISUAL + sink.to(torch.uint8) * TEXT_SINK
         return Tags(torch.where(view.real, tag, NOT_A_KEY).to(torch.uint8), (tag == VISUAL_SINK).any(1))
 
-    def edit(self) -> AttnEdit:
+    def edit(self, layer: int) -> AttnEdit:
         """Take p from both kinds of sinks, give to visual non-sinks, behind the two gates."""
         return AttnEdit(take=(0.0, self.p, 0.0, self.p), give=VISUAL, min_visual=self.min_visual, min_share=self.rho)

@@ -9,6 +9,8 @@ Deviations: none known from the paper. Where it is silent we chose: the text-onl
 wrap an image; both streams are scaled; unbiased standard deviation, lower median, distances in fp32; scaling holds at
 all positions; in a second turn the heads of the first one stay.
 
+T-VHD, the paper's signal of hallucinated tokens, is `total_divergence(session.token_divergence(...).values, top)`.
+
 Cost: the text-only prompt goes through the prefill beside the prompt, padded to its width, so the decoder's prefill
 takes more than twice as long; later steps cost the scaling only.
 """
@@ -40,6 +42,24 @@ def divergence(image: Tensor, text: Tensor, outlier_rule: bool = True) -> Tensor
         return x > x.mean(-1, keepdim=True) + x.std(-1, keepdim=True)
 
     return vhd.masked_fill(above(vhd) & above(energy), 0.0)
+
+
+def total_divergence(vhd: Tensor, top: int) -> Tensor:
+    """T-VHD: of every layer the sum of the `top` largest divergences, summed over layers.
+
+    Args:
+        vhd: `(T, L, B, H)` fp32, as `session.token_divergence` gives it.
+        top: heads of a layer that count, between 1 and H.
+
+    Returns:
+        `(T, B)` fp32; a low value marks a token that hardly depends on the image.
+
+    Raises:
+        SpecError: `top` is no such number.
+    """
+    if type(top) is not int or not 1 <= top <= vhd.shape[-1]:
+        raise SpecError(f"top={top!r}: expected an int between 1 and the {vhd.shape[-1]} heads of a layer")
+    return vhd.topk(top, -1).values.sum((1, 3))
 
 
 @register(
