@@ -47,6 +47,11 @@ class Scoring:
     put: Callable[[Tensor], None]
 
 
+def _untimed(device: torch.device) -> AbstractContextManager[None]:
+    """No clock runs inside."""
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class Work:
     """What one attention call has to do beside attending.
@@ -70,7 +75,7 @@ class Work:
     request: Request | None = None
     put_statistics: Callable[[Tensor], None] | None = None
     backend: str | None = None
-    timed: Callable[[torch.device], AbstractContextManager[None]] = lambda device: nullcontext()
+    timed: Callable[[torch.device], AbstractContextManager[None]] = _untimed
     attend: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
     look: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None
 

@@ -67,6 +67,12 @@ class Rows:
     lengths: tuple[int, ...]
 
 
+def _listed(output: Any, arguments: Mapping[str, Any]) -> Sequence[Tensor]:
+    """Embedding rows of each image where the feature method lists them so."""
+    rows: Sequence[Tensor] = output.pooler_output
+    return rows
+
+
 @dataclass(frozen=True)
 class TowerParts:
     """Where looks find things in one model.
@@ -99,7 +105,7 @@ class TowerParts:
     cls: Callable[[Any], Tensor] | None
     gray: Callable[[Mapping[str, Any], Normal | None], Sequence[Tensor]]
     blocks: Sequence[nn.Module]
-    images: Callable[[Any, Mapping[str, Any]], Sequence[Tensor]] = lambda output, arguments: output.pooler_output
+    images: Callable[[Any, Mapping[str, Any]], Sequence[Tensor]] = _listed
     arrange: Callable[[Tensor, Mapping[str, Any]], list[Tensor]] | None = None
 
     def layer(self, wanted: int | None) -> int:
