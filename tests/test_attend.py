@@ -59,7 +59,9 @@ EDITS = {
     "coefficient": AttnEdit(coefficient=(1.0, 0.5, 1.5, 0.2)),
     "renormalised": AttnEdit(coefficient=(1.0, 0.5, 1.5, 0.2), renormalise=True),
     "hidden": AttnEdit(hide=(2, 3)),
-    "hidden and more": AttnEdit(hide=(0, 2), logit_strength=0.5, coefficient=(1.0, 0.5, 1.5, 0.2), renormalise=True),
+    "hidden and more": AttnEdit(
+        hide=(0, 2), logit_strength=(0, 0, 0.5, 0.5), coefficient=(1.0, 0.5, 1.5, 0.2), renormalise=True
+    ),
     "several": AttnEdit(scale=(1.0, 1.0, 1.2, 1.0), take=(0.0, 0.4, 0.0, 0.4), min_visual=0.1),
 }
 
