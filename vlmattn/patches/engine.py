@@ -453,7 +453,7 @@ class Engine:
                 plan = cache.plan
             output = streams.first_rows(output, plan.samples)
         if live.watching is not None and live.watching.evictors:
-            with self.program.timed(plan.visual.device):
+            with live.program.timed(plan.visual.device):
                 decide(live.watching, cache)
         return plan, output
 

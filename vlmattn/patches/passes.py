@@ -334,20 +334,17 @@ def begin_prefill(
         segments.find(plan, engine.told("segments") or ())
     if "text_stream" in program.needs:
         plan = streams.double(plan, arguments)
-        look = rehearsal.look(self, index)
-        given, put_given = hiding.wanted(self, index, stage)
-        wanted = (taken, put_keys, put_given, request, look)
-        if not scorings and all(part is None for part in wanted):
+    if program.segmenter is not None and plan.segment is not None:
+        segments.place(program.segmenter, plan, arguments.get("position_ids"))
+    live = Pass(plan, program, engine.decoder, prefill=True, ahead=plan.ahead)
     deepstack.take_over(engine.family, arguments, plan, engine.decoder.num_layers)
     if cache is not None:
         live.watching = Watching(program.evictors, 0, plan.length)
         caches.adopt(cache, plan)
         arguments["past_key_values"] = cache
     embeds = arguments["inputs_embeds"]
-        look = rehearsal.look(self, index)
-        given, put_given = hiding.wanted(self, index, stage)
-        wanted = (taken, put_keys, put_given, request, look)
-        if not scorings and all(part is None for part in wanted):
+    if program.retracing:
+        memory.remember(plan, embeds)
     entry = program.pruners.get(0)
     with program.timed(embeds.device):
         for pruner in {str(turn): turn.pruner for turn in program.pruners.values()}.values():
