@@ -46,7 +46,7 @@ class PlannedCache(DynamicCache):
         length = next(iter((*args, *kwargs.values())), 0)
         if length > 0:
             raise CallError(f"crop({length}) does not fit layers of unequal length: say crop(-n) to remove n tokens")
-        if self.plan is not None and -length > (since := int(self.get_seq_length()) - self.plan.length):
+        if self.plan is not None and -length > (since := int(self.get_seq_length()) - self.plan.said):
             raise CallError(f"crop({length}) reaches into tokens that methods chose from: at most {since} can go")
         super().crop(*args, **kwargs)
 
@@ -264,7 +264,9 @@ def _cut_layer(layer: Any, slots: torch.Tensor, size: int) -> None:
 
 def join(cache: Any, other: Any) -> None:
     """Append the rows of `other` to those of `cache`, each layer padded on the left to the longer of both."""
-    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+    for mine, theirs in zip(cache.layers, other.layers, strict=False):
+        if not mine.is_initialized:  # a layer that is left out holds nothing
+            continue
         for name in ("keys", "values"):
             both = [getattr(mine, name), getattr(theirs, name)]
             width = max(x.shape[2] for x in both)
