@@ -64,9 +64,6 @@ def attention_given(query: Tensor, key: Tensor, mask: Tensor | None, scaling: fl
     Returns:
         fp32 `(B, count, S)`.
     """
-    if mask is not None and mask.ndim == 4:
-        mask = mask[:, :, -count:]
-        return _probabilities(query[:, :, -count:], key, mask, scaling, 0, None).mean(1)
     return _probabilities(query[:, :, -count:], key, mask, scaling, key.shape[2] - count, None).mean(1)
 
 
