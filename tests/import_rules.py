@@ -16,7 +16,18 @@ from pathlib import Path
 PACKAGE = "vlmattn"
 WORDS = ("budget", "spans", "edits", "errors")
 BASES = tuple(
-    f"methods.{name}" for name in ("base", "cache", "compressor", "rehearsal", "segments", "skipper", "views")
+    f"methods.{name}"
+    for name in (
+        "base",
+        "cache",
+        "calibrate",
+        "compressor",
+        "memory",
+        "rehearsal",
+        "segments",
+        "skipper",
+        "views",
+    )
 )
 PUBLIC = ("", "spec", "spans", "report", "errors", "scenes")
 FAMILY_NAMES = ("llava", "qwen", "internvl", "smolvlm", "idefics", "gemma")

@@ -48,7 +48,7 @@ def test_a_quick_run_writes_what_is_promised(tmp_path, monkeypatch):
     assert record["command"].startswith("python -m vlmattn.bench --quick --threads 1")
     assert record["cpu"]["threads"] == 1 and record["cpu"]["model"]
     rows = {row["name"]: row for row in record["configurations"]}
-    assert next(iter(rows)) == PLAIN and len(rows) == 8
+    assert next(iter(rows)) == PLAIN and len(rows) == 10
     for row in rows.values():
         assert set(row) >= ROW
         assert len(row["raw"]["prefill_s"]) == len(row["raw"]["decode_s"]) == record["repeats"] == QUICK.repeats
@@ -70,7 +70,7 @@ def test_a_quick_run_writes_what_is_promised(tmp_path, monkeypatch):
 
 def test_the_gate_passes():
     proofs = gate.prove()
-    assert len(proofs) == 6
+    assert len(proofs) == 7
     claims = {claim["name"] for proof in proofs for claim in proof["claims"] if claim["verdict"] == "pass"}
     assert claims == {"no-op", "removal = masking", "oracle generation", "backends", "undo"}
 

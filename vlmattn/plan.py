@@ -8,6 +8,7 @@ mask and rotary tables cover in the prefill, which is shorter when pruning happe
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,10 +131,18 @@ class Plan:
         samples: rows of the caller; the plan has twice as many while a text-only stream runs beside.
         skipped: decoder layers that were left out.
         closed: whether everything about the caches is decided, so that nobody watches any more.
+        branches: how often the rows of the caller stand here, 2 with a second branch behind them.
+        extra: columns on the left by which the prompt of a second branch is longer than the caller's.
+        shift: `(rows,)` long, how much higher the positions after the prompt are than the caller says; None: not at
+            all.
+        sources: per sample where its images went through the vision tower, if anybody looked.
         steps: per pass, per layer the statistics `(rows, H, 4)` of the last row, if recorded.
         scores: attention received, for the stage before a layer, `(B, slots)` or `(B, H, slots)` fp32.
         layer_keys: keys `(B, Hkv, slots, D)` for the stage before a layer.
         ranking: per method text the scores of its first stage, `(B, N)` or `(B, H, N)` fp32, if they serve all stages.
+        attended: per layer what the last prompt token pays to the columns of the prompt, `(B, N)` fp32, mean over
+            heads, if a second branch needs it.
+        memory: `(B, V, C)` the visual rows of the text model's input, zeros at padding, if a method retraces them.
         query_rows: `(B, N)` bool, the query rows that the method with that text chose at the entry.
         paired: the questions beside the vision tower, if a method compares them with patches.
         vision: what methods look at in the vision tower, `(B, V, ...)` over the visual tokens of the prompt in order.
@@ -153,6 +162,7 @@ class Plan:
     scores: dict[int, Tensor] = field(default_factory=dict)
     layer_keys: dict[int, Tensor] = field(default_factory=dict)
     ranking: dict[str, Tensor] = field(default_factory=dict)
+    attended: dict[int, Tensor] = field(default_factory=dict)
     query_rows: dict[str, Tensor] = field(default_factory=dict)
     paired: Any = None
     vision: dict[Any, Tensor] = field(default_factory=dict)
@@ -169,9 +179,14 @@ class Plan:
     stacked: Tensor | None = None
     extent: Tensor | None = None
     tables: tuple[Tensor, Tensor] | None = None
+    memory: Tensor | None = None
     samples: int = 0
     skipped: frozenset[int] = frozenset()
     closed: bool = False
+    branches: int = 1
+    extra: int = 0
+    shift: Tensor | None = None
+    sources: Sequence[Sequence[tuple[int, int]]] | None = None
     steps: list[dict[int, Tensor]] = field(default_factory=list)
     prompt: int = 0
     core: dict[int, Stage] = field(default_factory=dict)
@@ -194,8 +209,23 @@ class Plan:
 
     @property
     def dropped_at_entry(self) -> int:
-        """Columns that the first layer does not hold."""
-        return self.length - self.base_length
+        """Columns of the caller's prompt that the first layer does not hold; negative if it holds more."""
+        return self.said - self.base_length
+
+    @property
+    def said(self) -> int:
+        """Columns of the prompt as the caller counts them."""
+        return self.length - self.extra
+
+    def copy(self) -> Plan:
+        """The same plan with tables of its own."""
+        tables = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own = {name: copy.copy(value) for name, value in tables.items() if type(value) in (dict, list)}
+        return dataclasses.replace(self, **own)
+
+    def of_branches(self, rows: Tensor) -> Tensor:
+        """Rows of the plan for rows `(n,)` of the caller: the same of every branch."""
+        return torch.cat([rows + branch * self.samples for branch in range(self.branches)])
 
     def settle(self) -> None:
         """End of the prefill: from now on guessed tokens count as any token after the prompt.
@@ -260,7 +290,9 @@ class Plan:
             return self
         return dataclasses.replace(
             self,
-            samples=len(order),
+            samples=len(order) // self.branches,
+            memory=None if self.memory is None else self.memory[_on(index, self.memory)],
+            shift=None if self.shift is None else self.shift[_on(index, self.shift)],
             real=self.real[index],
             visual=self.visual[index],
             image=self.image[index],

@@ -63,15 +63,17 @@ class Report:
         visual_tokens: per sample, without newline tokens, which count as text.
         visual_per_layer: per sample, visual tokens in each decoder layer during the prefill.
         cached_per_layer: per sample, visual tokens in the cache of each decoder layer after it.
-        kv_bytes: keys and values held after the prefill over all samples, without padding.
-        kv_bytes_full: the same without pruning.
-        prefill_macs, prefill_macs_full: multiply-accumulates of the decoder layers over all samples.
+        kv_bytes: keys and values held after the prefill over all samples, without padding; of both branches where a
+            method contrasts two.
+        kv_bytes_full: the same without methods.
+        prefill_macs, prefill_macs_full: multiply-accumulates of the decoder layers over all samples, likewise.
         stages: pruning stages in order of layer.
         caches: layers whose caches were cut after the prefill, in order.
         positions: per sample the prompt columns (padding counted) that the last layer held; logits of a bare forward
             are right-aligned to these.
         visual_mass: per layer the share of the last prompt token's attention that falls on visual tokens, mean over
             heads and samples, None in a layer that was left out; None unless the session records.
+        second_tokens: per sample, without padding, tokens that enter the second branch; None if there is none.
         skipped_layers: decoder layers that were left out; they hold nothing and cost nothing.
         selection_ms: milliseconds that choosing tokens took, `Session.time_selection`; None unless it is measured.
     """
@@ -92,6 +94,7 @@ class Report:
     positions: list[list[int]]
     visual_mass: list[float | None] | None = None
     skipped_layers: list[int] = dataclasses.field(default_factory=list)
+    second_tokens: list[int] | None = None
     selection_ms: float | None = None
 
     @property
@@ -121,6 +124,8 @@ class Report:
                     runs.append([layer, layer, count])
             shown = ", ".join(f"{n} in layer{'s' * (b > a)} {a if a == b else f'{a}-{b}'}" for a, b, n in runs)
             lines.append(f"  sample {row}: {self.prompt_tokens[row]} prompt tokens, visual: {shown}")
+        if self.second_tokens is not None:
+            lines.append(f"  second branch            {', '.join(map(str, self.second_tokens))} prompt tokens")
         if self.skipped_layers:
             lines.append(f"  layers left out          {', '.join(map(str, self.skipped_layers))}")
         for stage in self.stages:
@@ -143,7 +148,7 @@ class Report:
         return "\n".join(lines)
 
 
-def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) -> Report:
+def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int, second: Plan | None = None) -> Report:
     """A report of one plan.
 
     Args:
@@ -152,6 +157,7 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
         family: name of the model family.
         dims: sizes of the decoder.
         bytes_per_value: of the cache's dtype.
+        second: the finished prefill of a second branch.
     """
     prompt = plan.real.sum(1).tolist()
     visual = plan.visual.sum(1).tolist()
@@ -159,11 +165,15 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
     holding = [plan.holding(layer) for layer in range(dims.num_layers)]
     per_layer = _per_sample(stages, plan.visual, plan)
     held = _per_sample(holding, plan.visual, plan)
-    tokens = _per_sample(stages, plan.real, plan)
-    cached = _per_sample(holding, plan.real, plan)
-    for counts in (*per_layer, *held, *tokens, *cached):
+    tokens, cached = _tokens(plan, dims.num_layers)
+    for counts in (*per_layer, *held):
         for layer in plan.skipped:
             counts[layer] = 0
+    entering = None
+    if second is not None:
+        more = _tokens(second, dims.num_layers)
+        entering = [counts[0] for counts in more[0]]
+        tokens, cached = tokens + more[0], cached + more[1]
     full = [[prompt[row]] * dims.num_layers for row in range(len(prompt))]
     return Report(
         spec=spec,
@@ -181,7 +191,17 @@ def build(plan: Plan, spec: str, family: str, dims: Dims, bytes_per_value: int) 
         caches=[_cache(plan, layer, stage) for layer, stage in enumerate(holding) if _is_cut(plan, layer)],
         positions=_positions(plan, plan.stage(dims.num_layers - 1)),
         skipped_layers=sorted(plan.skipped),
+        second_tokens=entering,
     )
+
+
+def _tokens(plan: Plan, num_layers: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Per sample and layer the tokens that went through it, and those that its cache holds."""
+    tables = []
+    for of in (plan.stage, plan.holding):
+        counted = _per_sample([of(layer) for layer in range(num_layers)], plan.real, plan)
+        tables.append([[0 if n in plan.skipped else count for n, count in enumerate(row)] for row in counted])
+    return tables[0], tables[1]
 
 
 def _stage_report(plan: Plan, stage: Stage) -> StageReport:

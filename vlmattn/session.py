@@ -122,7 +122,8 @@ class Session:
         if plan is None:
             raise CallError("nothing to report: no prompt with an image has gone through this session yet")
         dtype = next(self._engine.text_model.parameters()).dtype
-        report = reports.build(plan, self.spec, self._engine.family.name, self._engine.dims, dtype.itemsize)
+        engine = self._engine
+        report = reports.build(plan, self.spec, engine.family.name, engine.dims, dtype.itemsize, engine.last_second)
         if (clock := self._engine.program.clock) is not None:
             report = dataclasses.replace(report, selection_ms=1e3 * clock.seconds)
         if not plan.steps:

@@ -20,6 +20,8 @@ from vlmattn.session import Session, wrap
 PLAIN = "plain SDPA"
 FEW = "fastv, keep 0.25"
 VAR_CASE = "var through rows"
+CONTRAST = "vcd, both branches in one batch"
+TWO_PASSES = "two plain passes a step"
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,14 @@ class Case:
         name: in tables.
         spec: methods, or None for the model alone, without a session.
         attention: implementation of the decoder.
+        passes: forward passes a step, each with a cache of its own; two are how contrastive decoding is usually
+            written.
     """
 
     name: str
     spec: str | None
     attention: str = "sdpa"
+    passes: int = 1
 
 
 def cases(var: str) -> list[Case]:
@@ -48,6 +53,8 @@ def cases(var: str) -> list[Case]:
         Case(VAR_CASE, var),
         Case("vhr", "vhr"),
         Case("fastv, keep 0.5 + var + vhr", f"fastv(keep=0.5, before_layer=2) + {var} + vhr"),
+        Case(CONTRAST, "vcd"),
+        Case(TWO_PASSES, None, passes=2),
     ]
 
 

@@ -85,10 +85,10 @@ def measure(model: Any, shape: bench_model.Shape, cases: list[Case], repeats: in
         for timing in measured.timings[turn:] + measured.timings[:turn]:
             with installed(model, timing.case):
                 busy = time.process_time()
-                seconds, out = _timed(lambda: model(**inputs, logits_to_keep=1, use_cache=True))
+                seconds, outs = _timed(lambda passes=timing.case.passes: _prefill(model, inputs, passes))  # type: ignore[misc]
                 timing.prefill_cpu.append(time.process_time() - busy)
                 timing.prefill.append(seconds)
-                timing.decode.append(_decode(model, inputs, out, steps))
+                timing.decode.append(_decode(model, inputs, outs, steps))
         measured.vision.append(_timed(lambda: bench_model.encode_images(model, inputs))[0])
         measured.scoring.append(_scoring(shape))
         for choosing in measured.choosing:
@@ -104,11 +104,11 @@ def inspect(timing: Timing, model: Any, inputs: dict[str, Tensor]) -> None:
     config = model.config.get_text_config()
     dims, length = cost.Dims.from_config(config), inputs["input_ids"].shape[1]
     timing.tokens = [length] * dims.num_layers
-    timing.macs = cost.prefill_macs(dims, timing.tokens)
+    timing.macs = cost.prefill_macs(dims, timing.tokens) * timing.case.passes
     with installed(model, timing.case) as session, counting() as changed:
         with Shapes() as shapes:
-            out = model(**inputs, logits_to_keep=1, use_cache=True)
-        _decode(model, inputs, out, 1)
+            outs = _prefill(model, inputs, timing.case.passes)
+        _decode(model, inputs, outs, 1)
         timing.edited_rows = [rows for rows in changed if rows > 1]
         if session is not None:
             report = session.report()
@@ -130,17 +130,24 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, out
 
 
-def _decode(model: Any, inputs: dict[str, Tensor], out: Any, steps: int) -> list[float]:
-    mask, cache = inputs["attention_mask"], out.past_key_values
+def _prefill(model: Any, inputs: dict[str, Tensor], passes: int) -> list[Any]:
+    return [model(**inputs, logits_to_keep=1, use_cache=True) for _ in range(passes)]
+
+
+def _decode(model: Any, inputs: dict[str, Tensor], outs: list[Any], steps: int) -> list[float]:
+    """Seconds of every token; of several passes each goes on with its own cache."""
+    mask, caches = inputs["attention_mask"], [out.past_key_values for out in outs]
     seconds = []
     for _ in range(steps):
         mask = torch.cat([mask, mask[:, :1]], 1)
-        token, seen = out.logits[:, -1:].argmax(-1), mask
-        spent, out = _timed(
-            lambda token=token, seen=seen: model(  # type: ignore[misc]
-                input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True
-            )
-        )
+        token, seen = outs[0].logits[:, -1:].argmax(-1), mask
+
+        def step(token: Tensor = token, seen: Tensor = seen) -> list[Any]:
+            return [
+                model(input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True) for cache in caches
+            ]
+
+        spent, outs = _timed(step)
         seconds.append(spent)
     return seconds
 

@@ -16,11 +16,11 @@ import transformers
 
 import vlmattn
 from vlmattn.bench import Settings, selection
-from vlmattn.bench.cases import FEW, VAR_CASE
+from vlmattn.bench.cases import CONTRAST, FEW, VAR_CASE
 from vlmattn.bench.measure import Measured, Timing
 from vlmattn.scenes import bench_model
 
-REALISED, SCORING, EDIT = 0.85, 0.03, 0.15
+REALISED, SCORING, EDIT, DECODING = 0.85, 0.03, 0.15, 1.35
 
 
 def cpu_model() -> str:
@@ -87,6 +87,7 @@ def record(
     by_name = {row["name"]: row for row in rows}
     scoring = float(numpy.median([mine / theirs for mine, theirs in zip(measured.scoring, plain.prefill)]))
     edit = by_name[VAR_CASE]["prefill_ratio"] - 1
+    decoding = by_name[CONTRAST]["decode_ratio"]
     realised = by_name[FEW]["saving_realised"]
     return {
         "bench": bench_model.NAME,
@@ -129,6 +130,7 @@ def record(
             _target(f"{FEW}: share of the theoretical saving realised", realised, REALISED, realised >= REALISED),
             _target("scoring, share of the unpruned prefill", scoring, SCORING, scoring < SCORING),
             _target(f"{VAR_CASE}: added to the prefill", edit, EDIT, edit <= EDIT),
+            _target(f"{CONTRAST}: decoding, x plain", decoding, DECODING, decoding <= DECODING),
         ],
     }
 

@@ -53,6 +53,20 @@ def attention_received(
     return total if rows.ndim == 3 else total[:, 0]
 
 
+def attention_given(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, count: int) -> Tensor:
+    """The attention that the last `count` rows of a pass pay to every key, mean over heads.
+
+    Args:
+        query: `(B, H, R, D)`, R >= count.
+        key: `(B, Hkv, S, D)`, the last R of them the rows' own.
+        mask, scaling: as in `attention_received`; a mask of rows has R of them.
+
+    Returns:
+        fp32 `(B, count, S)`.
+    """
+    return _probabilities(query[:, :, -count:], key, mask, scaling, key.shape[2] - count, None).mean(1)
+
+
 def _probabilities(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, start: int, over: Tensor | None
 ) -> Tensor:

@@ -129,6 +129,8 @@ class View:
         paired: the question beside the vision tower; None unless `text_tower` is required.
         norms: `final`, the norm behind the last layer, and `layer`, the one at the entry of this layer; empty if
             `norms` is not needed.
+        attended: `(B, L, V)` fp32, mean over heads: what the last prompt token of the first branch pays to each token
+            in every layer; None outside second branches that need it.
         keys: per sample and image an int that depends only on the sample's text and the image's pixels, for
             reproducible draws whatever the batch; None if `content_key` is not needed.
     """
@@ -148,6 +150,7 @@ class View:
     project: Callable[[Tensor], Tensor] | None = None
     paired: Paired | None = None
     norms: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    attended: Tensor | None = None
     keys: tuple[tuple[int, ...], ...] | None = None
 
     @property

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmattn.errors import UnsupportedModelError
 from vlmattn.kernels.dispatch import backend
-from vlmattn.kernels.reference import attention_received
+from vlmattn.kernels.reference import attention_given, attention_received
 from vlmattn.kernels.rows import Request
 
 PRIVATE = "vlmattn"
@@ -60,6 +60,8 @@ class Work:
         taken: `(B, M)` long, the only keys and values that are attended to; mask and everything else here speak of
             these. None: all.
         scorings: the attention received that is wanted.
+        given: of how many of the last rows the attention that they pay is wanted.
+        put_given: receives it, `(B, given, S)` fp32.
         put_keys: receives the rotated keys, `(B, Hkv, N, D)`; None: nobody asks.
         request: the edit and the statistics wanted; None: neither.
         put_statistics: receives the statistics, `(B, H, 4)` fp32.
@@ -71,6 +73,8 @@ class Work:
 
     taken: Tensor | None = None
     scorings: tuple[Scoring, ...] = ()
+    given: int = 0
+    put_given: Callable[[Tensor], None] | None = None
     put_keys: Callable[[Tensor], None] | None = None
     request: Request | None = None
     put_statistics: Callable[[Tensor], None] | None = None
@@ -134,6 +138,8 @@ class Registration:
         with work.timed(query.device):
             for scoring in work.scorings:
                 scoring.put(attention_received(query, key, attention_mask, scaling, **scoring.options))
+        if work.put_given is not None:
+            work.put_given(attention_given(query, key, attention_mask, scaling, work.given))
         if work.put_keys is not None:
             work.put_keys(key)
         if work.look is not None:

@@ -22,6 +22,8 @@ from vlmattn.plan import Plan, Stage, compact
 class PlannedCache(DynamicCache):
     """A `DynamicCache` with a plan: whatever selects or repeats its rows does the same to the plan's.
 
+    Rows are named as the caller counts them: behind them stand, as often as the plan has branches, their likes.
+
     Attributes:
         plan: what happened to the prompt's visual tokens; None after a reset.
     """
@@ -44,19 +46,24 @@ class PlannedCache(DynamicCache):
         length = next(iter((*args, *kwargs.values())), 0)
         if length > 0:
             raise CallError(f"crop({length}) does not fit layers of unequal length: say crop(-n) to remove n tokens")
-        if self.plan is not None and -length > (since := int(self.get_seq_length()) - self.plan.length):
+        if self.plan is not None and -length > (since := int(self.get_seq_length()) - self.plan.said):
             raise CallError(f"crop({length}) reaches into tokens that methods chose from: at most {since} can go")
         super().crop(*args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows `beam_idx` of the cache and of the plan."""
-        super().reorder_cache(beam_idx)
-        self._select(beam_idx)
+        rows = self._widened(beam_idx)
+        super().reorder_cache(rows)
+        self._select(rows)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Rows `indices` of the cache and of the plan."""
-        super().batch_select_indices(indices)
-        self._select(indices)
+        self.take(self._widened(indices))
+
+    def take(self, rows: torch.Tensor) -> None:
+        """Rows of the cache and of the plan, those of second branches counted as well."""
+        super().batch_select_indices(rows)
+        self._select(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, in the cache and in the plan."""
@@ -64,6 +71,9 @@ class PlannedCache(DynamicCache):
         if self.plan is not None:
             rows = torch.arange(self.plan.visual.shape[0], device=self.plan.visual.device)
             self._select(rows.repeat_interleave(repeats))
+
+    def _widened(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.plan is None else self.plan.of_branches(rows)
 
     def _select(self, rows: torch.Tensor) -> None:
         self.plan = None if self.plan is None else self.plan.rows(rows)
@@ -250,3 +260,15 @@ def _cut_layer(layer: Any, slots: torch.Tensor, size: int) -> None:
     for name in ("keys", "values"):
         held = getattr(layer, name)
         setattr(layer, name, held.gather(2, places.expand(-1, held.shape[1], -1, held.shape[3])))
+
+
+def join(cache: Any, other: Any) -> None:
+    """Append the rows of `other` to those of `cache`, each layer padded on the left to the longer of both."""
+    for mine, theirs in zip(cache.layers, other.layers, strict=False):
+        if not mine.is_initialized:  # a layer that is left out holds nothing
+            continue
+        for name in ("keys", "values"):
+            both = [getattr(mine, name), getattr(theirs, name)]
+            width = max(x.shape[2] for x in both)
+            padded = [torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in both]
+            setattr(mine, name, torch.cat(padded))

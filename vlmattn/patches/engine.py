@@ -26,8 +26,10 @@ from vlmattn.errors import CallError, VlmattnWarning
 from vlmattn.methods.base import Method
 from vlmattn.methods.views import Paired
 from vlmattn.patches import cache as caches
-from vlmattn.patches import families, rehearsal, streams
+from vlmattn.patches import calibration, families, memory, rehearsal, streams
 from vlmattn.patches.attention import Registration, is_living
+from vlmattn.patches.branches import Prompt, Shown
+from vlmattn.patches.calibration import Pending
 from vlmattn.patches.clock import Clock
 from vlmattn.patches.decoder import Decoder
 from vlmattn.patches.eviction import decide
@@ -40,8 +42,8 @@ from vlmattn.patches.tower import Normal, looking, normal_of
 from vlmattn.patches.vision import VisionStore, content_keys, outermost, shared, tapped
 from vlmattn.plan import Plan
 
-SEEN = ("keys", "looks", "layouts")
-"""What is noted at the vision tower, the fields of `Seen` in order."""
+SEEN = ("keys", "looks", "layouts", "shown")
+"""What is noted at the vision tower, the fields of `Seen` in order, and what it was shown."""
 
 IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
@@ -82,6 +84,7 @@ class Engine:
         if text_tower is not None:
             text_tower.check(self.family.part(model, "vision_tower"))
         self.last: Plan | None = None
+        self.last_second: Plan | None = None
         self.owner: Any = None
         self.store: VisionStore | None = None
         self._local = threading.local()
@@ -110,6 +113,7 @@ class Engine:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.callback(self.text_model.register_forward_hook(self._after_text, always_call=True).remove)
             stack.callback(self.multimodal.register_forward_hook(self._after_multimodal, always_call=True).remove)
+            stack.callback(self.model.register_forward_hook(self._after_model, always_call=True).remove)
             self._replace(stack, self.model, "generate", self._guarded_generate(self.model.generate))
             self._configure()
             self._stack = stack.pop_all()
@@ -175,6 +179,9 @@ class Engine:
                 projection = operator.attrgetter(self.family.output_projection)(self.layers[index])
                 hook = functools.partial(self._on_heads, index)
                 stack.callback(projection.register_forward_pre_hook(hook).remove)
+            for index in self.program.retracing:
+                network = operator.attrgetter(self.family.feed_forward)(self.layers[index])
+                stack.callback(network.register_forward_hook(functools.partial(self._after_network, index)).remove)
             # what only images of several grids are looked at for is left out where there are none
             looks = frozenset(look for look in self.program.looks if self.family.layouts or not look.tiled)
             if self.store is not None and not looks:
@@ -185,6 +192,8 @@ class Engine:
             for place, (name, split) in enumerate(self.family.feature_methods.items()):
                 layout = functools.partial(self.family.layouts[name], self.config) if self.family.layouts else None
                 reads: dict[str, Any] = {"layouts": layout} if layout else {}
+                if self.program.shows:
+                    reads["shown"] = functools.partial(Shown.of, name, split)
                 if "content_key" in self.program.needs:
                     reads["keys"] = functools.partial(content_keys, split)
                 for what, read in reads.items():  # around the shared methods, so whether they run or not
@@ -249,15 +258,17 @@ class Engine:
         return dict(self._signatures[module].bind_partial(*args, **kwargs).arguments)
 
     def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._local.head = True
         if not self.program.changes:
             return
         if module.training:
             raise CallError("methods are for inference: call model.eval() first, or session.remove() to train")
         arguments = self._arguments(module, args, kwargs)
-        if self.program.pruners and isinstance(arguments.get("logits_to_keep"), Tensor):
+        moves = self.program.pruners or self.program.calibration is not None
+        if moves and isinstance(arguments.get("logits_to_keep"), Tensor):
             raise CallError(
-                "logits_to_keep as a tensor would index the pruned sequence: give a number of last columns, or read "
-                "session.report().positions"
+                "logits_to_keep as a tensor would index a sequence that methods change: give a number of last columns, "
+                "or read session.report().positions"
             )
         if arguments.get("labels") is not None:
             raise CallError("labels do not fit changed logits: call without labels, or remove the session for a loss")
@@ -277,7 +288,8 @@ class Engine:
 
     def _on_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: _Call | None = self._local.__dict__.pop("call", None)
-        seen = Seen(*(self._local.__dict__.pop(name, {}) for name in SEEN))
+        *fields, shown = (self._local.__dict__.pop(name, {}) for name in SEEN)
+        seen = Seen(*fields, {place: len(call.images) for place, call in shown.items()})
         config: Any = self.text_model.config
         if self.program.acts and not is_living(config):
             raise CallError(
@@ -287,7 +299,8 @@ class Engine:
         arguments = self._arguments(module, args, kwargs)
         extra = arguments.pop("kwargs", {})
         arguments |= extra
-        self._local.__dict__.pop("live", None)
+        for name in ("live", "prompt", "pending"):
+            self._local.__dict__.pop(name, None)
         if call is not None and call.images:
             if call.ids is None:
                 if self.program.acts:
@@ -309,7 +322,9 @@ class Engine:
                 self._check_through()
                 if self.program.compares:
                     plan.paired = self._pair(call.ids, plan)
-                live, changed = begin_prefill(self, plan, arguments)
+                if self.program.calibration is not None:
+                    self._expect_logits(calibration.prompt(self, plan, arguments, shown))
+                live, changed = begin_prefill(self, plan, arguments, self.program)
                 self.last = live.plan
                 return self._enter(live, changed)
         plan = caches.plan_of(arguments.get("past_key_values"))
@@ -322,6 +337,7 @@ class Engine:
                 "methods do nothing for it; pass input_ids and pixel_values",
             )
         if plan is not None:
+            self._expect_logits(None)
             return self._enter(*begin_decode(plan, self.program, self.decoder, arguments))
         return None
 
@@ -341,6 +357,13 @@ class Engine:
             yield
         finally:
             self._local.inside_call = False
+
+    def _expect_logits(self, prompt: Prompt | None) -> None:
+        """Remember a prompt for its second branch, and that logits will come to be calibrated."""
+        if self.program.calibration is not None and not self._local.__dict__.get("head", False):
+            calibration.refuse_without_head(self.program)
+        if self.program.branch is not None:
+            self._local.prompt = prompt
 
     def _pair(self, ids: Tensor, plan: Plan) -> Paired:
         """The question of every row of `ids`, embedded by the text tower."""
@@ -378,9 +401,41 @@ class Engine:
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         cache = self._local.__dict__.pop("cache", None)
+        if (known := caches.plan_of(cache)) is not None and known.extra:
+            caches.set_dropped(cache, known.dropped_at_entry)
         live: Pass | None = self._local.__dict__.pop("live", None)
+        prompt: Prompt | None = self._local.__dict__.pop("prompt", None)
         if live is None or output is None:
             return None
+        plan, output = self._finish(live, cache, output)
+        if live.prefill:
+            self.last, self.last_second = plan, None
+            if prompt is not None:
+                plan, self.last_second, output = calibration.prefill_second(self, prompt, plan, cache, output)
+        if plan.branches > 1 and self.program.branch is None:  # the calibration left in the middle of a generation
+            return streams.first_rows(output, plan.samples)
+        if self.program.calibration is not None and (self.program.branch is None or plan.branches > 1):
+            self._local.pending = Pending.of(live, self._local.__dict__.get("prompt_length"))
+        return output
+
+    def run_prefill(self, live: Pass, arguments: dict[str, Any]) -> tuple[Plan, Any]:
+        """A prefill inside another pass, to the plan it leaves and the text model's output."""
+        _, arguments = self._enter(live, arguments)
+        cache = arguments.get("past_key_values")
+        try:
+            output = self.text_model.forward(**arguments)
+        finally:
+            for name in ("live", "cache"):
+                self._local.__dict__.pop(name, None)
+        return self._finish(live, cache, output)
+
+    def looked(self) -> Any:
+        """Give and forget what was looked at inside the tower, by feature method."""
+        return self._local.__dict__.pop("looks", {})
+
+    @staticmethod
+    def _finish(live: Pass, cache: Any, output: Any) -> tuple[Plan, Any]:
+        """End a pass: the plan it leaves, and the text model's output without a stream that ran beside."""
         plan = live.plan
         if live.prefill:
             if cache is not None:
@@ -389,23 +444,35 @@ class Engine:
         rehearsal.settle(live)
         if live.statistics:
             plan.steps.append({layer: rows[: plan.samples] for layer, rows in live.statistics.items()})
-        doubled = live.prefill and plan.visual.shape[0] != plan.samples
-        if doubled:
+        if plan.visual.shape[0] != plan.samples and live.prefill:
             first = torch.arange(plan.samples, device=plan.visual.device)
             if cache is None:
-                self.last = plan.rows(first)
+                plan = plan.rows(first)
             else:
-                cache.batch_select_indices(first)
-                self.last = cache.plan
+                cache.take(first)
+                plan = cache.plan
+            output = streams.first_rows(output, plan.samples)
         if live.watching is not None and live.watching.evictors:
-            with self.program.timed(plan.visual.device):
+            with live.program.timed(plan.visual.device):
                 decide(live.watching, cache)
-        return streams.first_rows(output, plan.samples) if doubled else None
+        return plan, output
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Calibrate the logits."""
+        self._local.__dict__.pop("head", None)
+        pending: Pending | None = self._local.__dict__.pop("pending", None)
+        if pending is None or output is None:
+            return None
+        return calibration.calibrated(self, pending, output)
 
     def _on_heads(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         live: Pass | None = self._local.__dict__.get("live")
         scaled = None if live is None else live.leave_heads(index, args[0])
         return None if scaled is None else (scaled, *args[1:])
+
+    def _after_network(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        live: Pass | None = self._local.__dict__.get("live")
+        return None if live is None else memory.mix(live, self.program.retracing[index], index, args[0], output)
 
     def _on_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         live: Pass | None = self._local.__dict__.get("live")

@@ -13,8 +13,8 @@ from vlmattn.edits import TEXT, AttnEdit, Tags
 from vlmattn.errors import CallError
 from vlmattn.kernels.rows import Request
 from vlmattn.methods.base import Editor, LayerView
+from vlmattn.patches import branches, deepstack, hiding, memory, rehearsal, segments, streams
 from vlmattn.patches import cache as caches
-from vlmattn.patches import deepstack, rehearsal, segments, streams
 from vlmattn.patches.attention import PRIVATE, Scoring, Work
 from vlmattn.patches.decoder import Decoder
 from vlmattn.patches.eviction import Core, Watching
@@ -46,10 +46,15 @@ class Pass:
         prefill: whether the prompt goes through now.
         new: keys after the prompt, this pass's tokens included.
         watching: what methods that evict from the cache see of this pass; None without them, or without a cache.
+        queries: tokens of this pass after the prompt.
+        ahead: guessed tokens that go through with the prompt.
         statistics: per layer what was recorded in this pass.
         observed: per layer what the last row saw of the visual tokens, in an answer that is only looked at.
         placed: whether the keys of this pass have their positions, where segments stand side by side.
         grounded: `(B, N)` fp32, how much the rows of this pass look at the evidence, summed over layers.
+        lens: per layer the last rows of its input, those that choose tokens of the answer, if the head is to read them.
+        mixing: per layer that may be mixed `(rows, q)` bool, the tokens for which it is.
+        hidden: `(rows, q, N)` bool, columns of the prompt that rows do not see, once a second branch has chosen them.
     """
 
     plan: Plan
@@ -58,16 +63,26 @@ class Pass:
     prefill: bool
     new: int = 0
     watching: Watching | None = None
+    queries: int = 0
+    ahead: int = 0
     memo: dict[tuple[str, int], Any] = field(default_factory=dict)
     statistics: dict[int, Tensor] = field(default_factory=dict)
     observed: dict[int, Tensor] = field(default_factory=dict)
     placed: bool = False
     grounded: Tensor | None = None
+    lens: dict[int, Tensor] = field(default_factory=dict)
+    mixing: dict[int, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+    @property
+    def answering(self) -> int:
+        """How many of the last rows choose tokens of the answer."""
+        return 1 + self.ahead if self.prefill else self.queries
 
     @property
     def busy(self) -> bool:
         """Whether any layer needs attention of ours."""
-        return self.program.acts or bool(self.plan.stages)
+        return self.program.acts or bool(self.plan.stages) or self.plan.branches > 1
 
     def enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Arguments of decoder layer `index`, or None to leave them as they are."""
@@ -83,10 +98,17 @@ class Pass:
         core = self._core(index, stage, hidden, changed.get("attention_mask"))
         if core is not None:
             changed["attention_mask"] = core.mask
+        if self.hidden is not None:
+            changed["attention_mask"] = hiding.cover(self, self.hidden, stage, changed.get("attention_mask"), hidden)
+        if index in self.program.retracing:
+            memory.look(self, self.program.retracing[index], index, hidden)
+        if index in self.program.lens:
+            self.lens[index] = hidden[:, -self.answering :]
         work = None if index in self.program.skipped else self._work(index, stage, hidden, changed, core)
+        same = stage is None and turn is None and core is None and self.hidden is None
         if work is not None:
             changed[PRIVATE] = work
-        elif stage is None and turn is None and core is None and index not in self.plan.added:
+        elif same and index not in self.plan.added:
             return None
         if args:
             return (hidden, *args[1:]), changed
@@ -199,11 +221,15 @@ class Pass:
         if follower is not None and "layer_keys" in follower.pruner.needs:
             put_keys = functools.partial(self.plan.layer_keys.__setitem__, index + 1)
         look = rehearsal.look(self, index)
-        if taken is None and not scorings and put_keys is None and request is None and look is None:
+        given, put_given = hiding.wanted(self, index, stage)
+        wanted = (taken, put_keys, put_given, request, look)
+        if not scorings and all(part is None for part in wanted):
             return None
         return Work(
             taken=taken,
             scorings=tuple(scorings),
+            given=given,
+            put_given=put_given,
             put_keys=put_keys,
             request=request,
             put_statistics=functools.partial(self.statistics.__setitem__, index) if self.program.record else None,
@@ -277,7 +303,9 @@ def _edited_rows(edit: AttnEdit | None, plan: Plan, stage: Stage | None) -> Tens
     return real & (visual.cumsum(1) > 0) & torch.where(guess >= 0, edit.generated, prompt)
 
 
-def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tuple[Pass, dict[str, Any]]:
+def begin_prefill(
+    engine: Engine, plan: Plan, arguments: dict[str, Any], program: Program
+) -> tuple[Pass, dict[str, Any]]:
     """Start a prefill with images: check the call, prune at the entry, put the plan on the cache.
 
     Returns:
@@ -286,7 +314,6 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
     Raises:
         CallError: the call cannot be served.
     """
-    program = engine.program
     given = arguments.get("past_key_values")
     if given is not None and caches.is_empty(given):
         caches.forget(given)
@@ -309,13 +336,15 @@ def begin_prefill(engine: Engine, plan: Plan, arguments: dict[str, Any]) -> tupl
         plan = streams.double(plan, arguments)
     if program.segmenter is not None and plan.segment is not None:
         segments.place(program.segmenter, plan, arguments.get("position_ids"))
-    live = Pass(plan, program, engine.decoder, prefill=True)
+    live = Pass(plan, program, engine.decoder, prefill=True, ahead=plan.ahead)
     deepstack.take_over(engine.family, arguments, plan, engine.decoder.num_layers)
     if cache is not None:
         live.watching = Watching(program.evictors, 0, plan.length)
         caches.adopt(cache, plan)
         arguments["past_key_values"] = cache
     embeds = arguments["inputs_embeds"]
+    if program.retracing:
+        memory.remember(plan, embeds)
     entry = program.pruners.get(0)
     with program.timed(embeds.device):
         for pruner in {str(turn): turn.pruner for turn in program.pruners.values()}.values():
@@ -378,6 +407,9 @@ def begin_decode(
     assert step is not None
     queries = step.shape[1]
     logical = int(cache.get_seq_length())
+    new = logical + queries - plan.said
+    if plan.branches > 1:
+        branches.widen(plan, arguments, logical)
     entry = plan.entry
     if entry is not None:
         positions = arguments.get("position_ids")
@@ -387,5 +419,4 @@ def begin_decode(
             positions = positions - entry.shift.to(positions.device)[:, None]
         arguments["position_ids"] = positions
     watching = Watching({} if plan.closed else program.evictors, logical + queries - plan.prompt, queries)
-    new = logical + queries - plan.length
-    return Pass(plan, program, decoder, prefill=False, new=new, watching=watching), arguments
+    return Pass(plan, program, decoder, prefill=False, new=new, queries=queries, watching=watching), arguments

@@ -15,6 +15,8 @@ from vlmattn.cost import Dims
 from vlmattn.errors import LayerError, SpecError, UnsupportedModelError
 from vlmattn.methods.base import REGISTRY, Editor, HeadGain, Look, Method, Resizer, Selector
 from vlmattn.methods.cache import Evictor
+from vlmattn.methods.calibrate import Branch, Calibration, Hide
+from vlmattn.methods.memory import Retracing
 from vlmattn.methods.rehearsal import Rehearser
 from vlmattn.methods.segments import Segmenter
 from vlmattn.methods.skipper import Skipper
@@ -37,6 +39,12 @@ class Program:
         evictors: by the layer from whose cache they evict.
         skipped: by layer that is left out.
         resizer: what changes the images before the processor sees them.
+        retracing: by layer whose feed-forward network may be mixed with the visual tokens.
+        calibration: what changes the logits.
+        branch: what the second branch runs, which has a program of its own; None: there is no second branch.
+        lens: layers whose inputs go through the head.
+        attends: whether the last prompt token's attention is noted in every layer, for a second branch.
+        hides: in a second branch the keys that are hidden, with the first layer in which they are.
         sink_dims: hidden dimensions of the checkpoint's sinks, if an editor needs them.
         record: whether statistics are kept.
         divergence: whether the head outputs of all layers are compared with those of a text-only stream.
@@ -50,6 +58,12 @@ class Program:
     evictors: dict[int, Evictor] = field(default_factory=dict)
     skipped: dict[int, Skipper] = field(default_factory=dict)
     resizer: Resizer | None = None
+    retracing: dict[int, Retracing] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    branch: Program | None = None
+    lens: tuple[int, ...] = ()
+    attends: bool = False
+    hides: tuple[int, Hide] | None = None
     sink_dims: tuple[int, ...] | None = None
     record: bool = False
     divergence: bool = False
@@ -63,7 +77,8 @@ class Program:
     @property
     def changes(self) -> bool:
         """Whether anything of the model's computation changes."""
-        return bool(self.pruners or self.editors or self.heads or self.evictors or self.skipped)
+        own = (self.pruners, self.editors, self.heads, self.evictors, self.skipped, self.retracing)
+        return any(own) or self.calibration is not None
 
     @property
     def acts(self) -> bool:
@@ -73,8 +88,9 @@ class Program:
     @property
     def methods(self) -> list[Method]:
         """The installed methods; one with several stages or layers as often."""
-        tables = (self.editors, self.heads, self.evictors, self.skipped)
-        return [*(turn.pruner for turn in self.pruners.values()), *(m for table in tables for m in table.values())]
+        tables = (self.editors, self.heads, self.evictors, self.skipped, self.retracing)
+        found = [*(turn.pruner for turn in self.pruners.values()), *(m for table in tables for m in table.values())]
+        return [*found, *([] if self.calibration is None else [self.calibration])]
 
     @property
     def rehearser(self) -> Rehearser | None:
@@ -88,9 +104,16 @@ class Program:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Union of what the methods and the statistics need."""
+        """Union of what the methods and the statistics need, in a second branch as well."""
         own = frozenset({"text_stream"} if self.divergence else ())
-        return own.union(*(method.needs for method in self.methods))
+        own = own.union(*(method.needs for method in self.methods))
+        return own if self.branch is None else own | self.branch.needs
+
+    @property
+    def shows(self) -> bool:
+        """Whether the second branch has other pixels, so that those of the prompt must be kept until it runs."""
+        branch = None if self.calibration is None else self.calibration.branch
+        return branch is not None and branch.pixels is not None
 
     @property
     def compares(self) -> list[str]:
@@ -101,7 +124,8 @@ class Program:
     def looks(self) -> frozenset[Look]:
         """What methods look at inside the vision tower, so that it must run for every prompt."""
         lookers: list[Selector | Editor] = [*(turn.pruner for turn in self.pruners.values()), *self.editors.values()]
-        return frozenset(look for method in lookers for look in method.looks.values())
+        own = frozenset(look for method in lookers for look in method.looks.values())
+        return own if self.branch is None else own | self.branch.looks
 
 
 def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: Family, has: frozenset[str]) -> Program:
@@ -145,6 +169,12 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
         elif isinstance(method, Skipper):
             table, layers, act = program.skipped, list(method.skipped(dims.num_layers)), "leave out"
             turns = [method] * len(layers)
+        elif isinstance(method, Retracing):
+            table, layers, act = program.retracing, list(method.layers(dims.num_layers)), "mix"
+            turns = [method] * len(layers)
+        elif isinstance(method, Calibration):
+            program = _calibrated(program, method, dims, family, has)
+            continue
         else:
             raise SpecError(f"{method} is of kind {method.kind!r}, which this version cannot install")
         if method.is_noop:
@@ -165,6 +195,16 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
     _leave_out(program, family)
     if "sink_dims" in program.needs:
         program = dataclasses.replace(program, sink_dims=presets.sink_dims(config))
+    branch = None if program.calibration is None else program.calibration.branch
+    if branch is not None:
+        alone = [*dict.fromkeys(program.evictors.values()), program.rehearser, program.segmenter]
+        for method in alone:
+            if method is not None:
+                raise SpecError(
+                    f"{method} keeps a state of every prompt that the second branch of {program.calibration} has not: "
+                    "leave one of them out"
+                )
+        program = dataclasses.replace(program, branch=_second(program, branch, dims), attends=branch.attention)
     return program
 
 
@@ -195,19 +235,22 @@ def _leave_out(program: Program, family: Family) -> None:
                 f"layer {layer} must stay: leave out later ones"
             )
     for layer, turn in program.pruners.items():
-        source = _source(turn.pruner, layer)
-        if source in program.skipped:
-            raise LayerError(
-                f"{turn} before layer {layer} reads the attention of layer {source}, which "
-                f"{program.skipped[source]} leaves out: give one of them other layers"
-            )
-    tables: tuple[dict[int, Any], ...] = (program.editors, program.heads, program.evictors)
+        _check_source(program, str(turn), layer, _source(turn.pruner, layer))
+    tables: tuple[dict[int, Any], ...] = (program.editors, program.heads, program.evictors, program.retracing)
     for table in tables:
         methods = set(map(str, table.values()))
         for layer in program.skipped.keys() & table.keys():
             del table[layer]
         if idle := methods - set(map(str, table.values())):
             raise LayerError(f"{', '.join(idle)} acts only in layers that are left out: give it other layers")
+
+
+def _check_source(program: Program, method: str, layer: int, source: int | None) -> None:
+    if source in program.skipped:
+        raise LayerError(
+            f"{method} before layer {layer} reads the attention of layer {source}, which {program.skipped[source]} "
+            "leaves out: give one of them other layers"
+        )
 
 
 def _source(pruner: Selector, layer: int) -> int | None:
@@ -267,14 +310,42 @@ def _check_segments(program: Program) -> None:
             )
 
 
-def _check_capabilities(method: Selector | Resizer, family: Family, has: frozenset[str]) -> None:
+def _calibrated(program: Program, method: Calibration, dims: Dims, family: Family, has: frozenset[str]) -> Program:
+    if method.is_noop:
+        return program
+    if program.calibration is not None:
+        raise SpecError(f"{program.calibration} and {method} both change the logits: leave one of them out")
+    _check_capabilities(method, family, has)
+    return dataclasses.replace(program, calibration=method, lens=method.lens(dims.num_layers))
+
+
+def _second(program: Program, branch: Branch, dims: Dims) -> Program:
+    """What the second branch runs: the same methods, and those of its own."""
+    pruners, selector, hides = dict(program.pruners), branch.selector, None
+    if branch.hide is not None:
+        hides = branch.hide.before_layer(dims.num_layers), branch.hide
+        _check_source(program, str(program.calibration), hides[0], hides[0] - 1)
+    for stage, layer in enumerate([] if selector is None else selector.stages(dims.num_layers)):
+        assert selector is not None
+        if layer in pruners:
+            raise SpecError(
+                f"{pruners[layer]} and the second branch of {program.calibration} both prune before layer {layer}: "
+                "give one of them other layers, or leave one out"
+            )
+        pruners[layer] = Turn(selector, stage)
+        _check_source(program, str(program.calibration), layer, _source(selector, layer))
+    return dataclasses.replace(program, pruners=pruners, branch=None, hides=hides)
+
+
+def _check_capabilities(method: Selector | Resizer | Calibration, family: Family, has: frozenset[str]) -> None:
     missing = sorted(method.requires - has)
     if not missing:
         return
+    kind = Selector if isinstance(method, Selector) else Calibration
     fits = [
         name
         for name, cls in sorted(REGISTRY.items())
-        if issubclass(cls, Selector) and name != method.name and cls().requires <= has
+        if issubclass(cls, kind) and name != method.name and cls().requires <= has
     ]
     wanted = " and ".join(CAPABILITIES[name] for name in missing)
     own = f"{method.name} with positions='original', " if missing == ["flat_positions"] else ""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from vlmattn.patches.families.base import Family
 from vlmattn.patches.vision import content_key
 from vlmattn.plan import Plan
 from vlmattn.spans import Raster, Span, find_spans, image_index, lay_out, line_lengths
+
+K = TypeVar("K")
 
 Source = tuple[int, int]
 """Where an image went through: which feature method, and which of its images."""
@@ -30,15 +32,17 @@ class Seen:
         keys: content keys of the images, in batch order.
         looks: what methods look at, a tensor `(n_i, ...)` an image.
         layouts: the grids of every image, of families that declare them.
+        images: how many images were shown, if a second branch shows others.
     """
 
     keys: Mapping[int, Sequence[int]] = field(default_factory=dict)
     looks: Mapping[int, Mapping[Look, Sequence[Tensor]]] = field(default_factory=dict)
     layouts: Mapping[int, Sequence[tuple[Raster, ...]]] = field(default_factory=dict)
+    images: Mapping[int, int] = field(default_factory=dict)
 
     def counts(self) -> dict[int, int]:
         """How many images went through each feature method."""
-        found = {place: len(keys) for place, keys in self.keys.items()}
+        found = {**self.images, **{place: len(keys) for place, keys in self.keys.items()}}
         return found | {place: len(next(iter(looks.values()))) for place, looks in self.looks.items()}
 
 
@@ -87,7 +91,7 @@ def read_prompt(
     if ahead:
         plan.text[:, -ahead:] = real[:, -ahead:]  # a guess is text, whatever it looks like
     if counts := seen.counts():
-        sources = _sources(ids, placeholders, spans, counts)
+        sources = plan.sources = _sources(ids, placeholders, spans, counts)
         if seen.keys:
             end = ids.shape[1] - ahead
             texts = [row[flags] for row, flags in zip(ids[:, :end], real[:, :end], strict=True)]
@@ -96,7 +100,7 @@ def read_prompt(
                 for text, images in zip(texts, sources, strict=True)
             )
         if seen.looks:
-            plan.vision.update(_spread(sources, seen.looks))
+            plan.vision.update(spread(sources, seen.looks))
     return plan
 
 
@@ -168,8 +172,9 @@ def _sources(
     return sources
 
 
-def _spread(sources: list[list[Source]], looks: Mapping[int, Mapping[Look, Sequence[Tensor]]]) -> dict[Look, Tensor]:
-    """What was looked at, `(B, V, ...)` over the visual tokens of every sample in order, zeros behind the last."""
+def spread(sources: Sequence[Sequence[Source]], looks: Mapping[int, Mapping[K, Sequence[Tensor]]]) -> dict[K, Tensor]:
+    """What the images say, by any key, `(B, V, ...)` over the visual tokens of every sample in order, zeros behind the
+    last."""
     found = {}
     for look in next(iter(looks.values())):
         images = [[looks[place][look][number] for place, number in row] for row in sources]

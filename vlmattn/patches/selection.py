@@ -267,6 +267,7 @@ def _view(turn: Turn, layer: int, hidden: Tensor, plan: Plan, decoder: Decoder, 
         paired=plan.paired,
         project=decoder.project if "projector" in needs else None,
         norms=decoder.norms(layer) if "norms" in needs else {},
+        attended=_attended(plan, where, shown),
         keys=plan.keys,
     )
 
@@ -298,6 +299,14 @@ def _at(scores: Tensor, places: Tensor, there: Tensor | None = None) -> Tensor:
         there = None if there is None else there[:, None]
     found = scores.gather(-1, places)
     return found if there is None else found * there
+
+
+def _attended(plan: Plan, where: Tensor, shown: Tensor) -> Tensor | None:
+    """What the first branch's last token pays to the visual tokens in columns `where` `(B, V)`, by layer."""
+    if not plan.attended:
+        return None
+    layers = [plan.attended[layer].to(where.device) for layer in sorted(plan.attended)]
+    return _at(torch.stack(layers, 1), where, shown)
 
 
 def _rows(hidden: Tensor, places: Tensor) -> Tensor:

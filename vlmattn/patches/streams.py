@@ -24,17 +24,18 @@ def double(plan: Plan, arguments: dict[str, Any]) -> Plan:
     """
     embeds: Tensor = arguments["inputs_embeds"]
     batch, length, _ = embeds.shape
-    text = plan.real & (plan.image < 0) if plan.text is None else plan.text
-    index, valid = compact(text)
-    missing = length - index.shape[1]
-    real = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
-    index, real = (torch.nn.functional.pad(x, (missing, 0)) for x in (index, real))
-    alone = gather_rows(embeds, index.to(embeds.device)) * real.to(embeds.device, embeds.dtype)[..., None]
+    alone, real = text_alone(plan, embeds)
+    missing = length - alone.shape[1]
+    alone, real = torch.nn.functional.pad(alone, (0, 0, missing, 0)), torch.nn.functional.pad(real, (missing, 0))
     mask = arguments.get("attention_mask")
     mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device) if mask is None else mask
     arguments["inputs_embeds"] = torch.cat([embeds, alone])
     arguments["attention_mask"] = torch.cat([mask, real.to(mask.device, mask.dtype)])
-    arguments["position_ids"] = _positions(arguments.get("position_ids"), real.to(embeds.device))
+    given, counted = arguments.get("position_ids"), counted_positions(real.to(embeds.device))
+    if given is None:
+        given = torch.arange(length, device=embeds.device)[None]
+    given = given.expand(*given.shape[:-2], batch, -1)
+    arguments["position_ids"] = torch.cat([given, counted.expand_as(given)], -2)
     return dataclasses.replace(
         plan,
         samples=batch,
@@ -48,19 +49,22 @@ def double(plan: Plan, arguments: dict[str, Any]) -> Plan:
         paired=None if plan.paired is None else plan.paired.rows(torch.arange(batch).repeat(2)),
         segment=None if plan.segment is None else torch.cat([plan.segment, torch.full_like(plan.segment, -1)]),
         evidence=None if plan.evidence is None else torch.cat([plan.evidence, torch.zeros_like(plan.evidence)]),
+        attended={layer: torch.cat([paid, torch.zeros_like(paid)]) for layer, paid in plan.attended.items()},
         vision={look: torch.cat([values, torch.zeros_like(values)]) for look, values in plan.vision.items()},
     )
 
 
-def _positions(given: Tensor | None, real: Tensor) -> Tensor:
-    """Positions of both streams; the text counts from 0, on every axis alike."""
-    batch, length = real.shape
-    counted = (real.long().cumsum(1) - 1).clamp_min(0)
-    if given is None:
-        given = torch.arange(length, device=real.device)[None]
-    if given.ndim == 2:
-        return torch.cat([given.expand(batch, -1), counted])
-    return torch.cat([given.expand(-1, batch, -1), counted.expand(given.shape[0], -1, -1)], 1)
+def text_alone(plan: Plan, embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """The prompts without their images, left-padded: rows `(B, M, C)` of `embeds` `(B, N, C)`, and `(B, M)` bool."""
+    text = plan.real & (plan.image < 0) if plan.text is None else plan.text
+    index, valid = compact(text)
+    real = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+    return gather_rows(embeds, index.to(embeds.device)) * real.to(embeds.device, embeds.dtype)[..., None], real
+
+
+def counted_positions(real: Tensor) -> Tensor:
+    """`(B, M)` long, the positions of text that counts from 0; `real` `(B, M)` bool is False at padding."""
+    return (real.long().cumsum(1) - 1).clamp_min(0)
 
 
 def first_rows(output: Any, rows: int) -> Any:

@@ -17,10 +17,14 @@ from vlmattn.spans import Geometry, Raster
 
 FAMILIES: dict[str, Family] = {}
 
+Visible = Callable[[int, int], Tensor]
+"""From the height and width of an image in pixels to those that stay visible, `(H, W)` bool."""
+
 CAPABILITIES = {
     "cls": "a CLS token in the vision tower",
     "flat_positions": "one-dimensional positions, without which none can be renumbered",
     "own_resolution": "a processor that keeps the size of images, so that a smaller one has fewer tokens",
+    "blacken": "pixels that can be blacked out one by one",
     "text_tower": "the text tower of its vision tower's CLIP model (`wrap(text_tower=...)`)",
 }
 """What a method may require of a model, in words."""
@@ -38,6 +42,7 @@ class Family:
         multimodal, text_model, layers, vision_tower, projector: attribute paths from the wrapped model; `layers` from
             the text model.
         output_projection: attribute path from a decoder layer to the projection of the joined head outputs.
+        feed_forward: attribute path from a decoder layer to its feed-forward network.
         query, key: attribute paths from a decoder layer to its projections, each followed by the norm of heads if any.
         entry_norm: attribute path from a decoder layer to the norm before its attention.
         final_norm, rotary: attribute paths from the text model to the norm behind its layers and its rotary tables.
@@ -61,6 +66,8 @@ class Family:
             to their rasters.
         token_side: the image processor to the pixels along a side of one visual token, where images keep their size;
             None: the processor brings them all to sizes of its own.
+        blacken: `(config, pixels of one image, its (t, h, w), function of height and width to the (H, W) bool pixels
+            that stay visible, (3,) black)` to these pixels with the others black; None: nobody can.
         tower_parts: `(config, vision tower, projector)` to where looks inside the tower find things; None: nobody can
             look there.
     """
@@ -85,6 +92,7 @@ class Family:
     text_model: str = "model.language_model"
     layers: str = "layers"
     output_projection: str = "self_attn.o_proj"
+    feed_forward: str = "mlp"
     query: tuple[str, ...] = ("self_attn.q_proj",)
     key: tuple[str, ...] = ("self_attn.k_proj",)
     entry_norm: str = "input_layernorm"
@@ -96,6 +104,7 @@ class Family:
     deepstack: str = ""
     position_state: tuple[str, ...] = ()
     token_side: Callable[[Any], int] | None = None
+    blacken: Callable[[Any, Tensor, tuple[int, int, int], Visible, Tensor], Tensor] | None = None
     tower_parts: Callable[[Any, Any, Any], TowerParts] | None = None
 
     def part(self, model: nn.Module, name: str) -> nn.Module:
@@ -122,7 +131,7 @@ class Family:
     @property
     def capabilities(self) -> frozenset[str]:
         """What methods may require of every model of this family, of `CAPABILITIES`."""
-        facts = {"cls": self.has_cls, "flat_positions": self.rope == "1d"}
+        facts = {"cls": self.has_cls, "flat_positions": self.rope == "1d", "blacken": self.blacken is not None}
         facts["own_resolution"] = self.token_side is not None
         return frozenset(name for name, holds in facts.items() if holds)
 

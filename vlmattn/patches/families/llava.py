@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmattn.errors import CallError
-from vlmattn.patches.families.base import PIXEL_MEAN, PIXEL_STD, Family, gray_values, register
+from vlmattn.patches.families.base import PIXEL_MEAN, PIXEL_STD, Family, Visible, gray_values, register
 from vlmattn.patches.tower import Normal, Rows, TowerParts
 from vlmattn.spans import Geometry
 
@@ -104,6 +104,11 @@ def gray_patches(arguments: Mapping[str, Any], normal: Normal | None, patch: int
     return list(torch.nn.functional.pad(patches, (0, 0, 0, 0, int(with_cls), 0)))
 
 
+def _blacken(config: Any, values: Tensor, grid: tuple[int, int, int], visible: Visible, black: Tensor) -> Tensor:
+    """Of pixels `(3, H, W)`."""
+    return torch.where(visible(*values.shape[-2:]), values, black[:, None, None])
+
+
 def tower_parts(config: Any, tower: Any, projector: nn.Module) -> TowerParts:
     """Of a tower of plain layers, whose pictures all have the same size."""
     attentions = [layer.self_attn for layer in tower.encoder.layers]
@@ -138,6 +143,7 @@ register(
         geometry=_geometry,
         input_grids=_input_grids,
         feature_methods={"get_image_features": lambda arguments: list(arguments["pixel_values"])},
+        blacken=_blacken,
         tower_parts=tower_parts,
     )
 )

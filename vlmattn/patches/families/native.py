@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import CallError
-from vlmattn.patches.families.base import PIXEL_MEAN, PIXEL_STD, gray_values
+from vlmattn.patches.families.base import PIXEL_MEAN, PIXEL_STD, Visible, gray_values
 from vlmattn.patches.tower import Normal, Rows, TowerParts
 from vlmattn.spans import Geometry
 
@@ -59,6 +59,16 @@ def feature_methods(frames: bool = False) -> dict[str, Callable[[Mapping[str, An
         "get_image_features": split("pixel_values", "image_grid_thw"),
         "get_video_features": split("pixel_values_videos", "video_grid_thw"),
     }
+
+
+def blacken(config: Any, values: Tensor, grid: tuple[int, int, int], visible: Visible, black: Tensor) -> Tensor:
+    """Of patches, `merge ** 2` side by side for each token, each with its channels, frames, rows and columns."""
+    merge, patch = config.vision_config.spatial_merge_size, config.vision_config.patch_size
+    frames, height, width = grid
+    seen = visible(height * merge * patch, width * merge * patch)
+    seen = seen.view(height, merge, patch, width, merge, patch).permute(0, 3, 1, 4, 2, 5)
+    split = values.view(frames, height, width, merge, merge, 3, -1, patch, patch)
+    return torch.where(seen[:, :, :, :, None, None], split, black.view(3, 1, 1, 1)).reshape(values.shape)
 
 
 def tower_parts(

@@ -21,6 +21,7 @@ register(
         input_grids=native.input_grids,
         token_side=native.token_side,
         feature_methods=native.feature_methods(),
+        blacken=native.blacken,
         tower_parts=native.tower_parts,
         position_state=("rope_deltas",),
         wrapper_ids=("vision_start_token_id", "vision_end_token_id"),

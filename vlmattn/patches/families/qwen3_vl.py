@@ -29,6 +29,7 @@ register(
         input_grids=native.input_grids,
         token_side=native.token_side,
         feature_methods=native.feature_methods(frames=True),
+        blacken=native.blacken,
         tower_parts=functools.partial(native.tower_parts, frames=True, pixels=(HALF, HALF)),
         query=("self_attn.q_proj", "self_attn.q_norm"),
         key=("self_attn.k_proj", "self_attn.k_norm"),
