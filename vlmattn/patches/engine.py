@@ -288,8 +288,8 @@ class Engine:
 
     def _on_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: _Call | None = self._local.__dict__.pop("call", None)
-        *fields, shown = (self._local.__dict__.pop(name, {}) for name in SEEN)
-        seen = Seen(*fields, {place: len(call.images) for place, call in shown.items()})
+        keys, looks, layouts, shown = (self._local.__dict__.pop(name, {}) for name in SEEN)
+        seen = Seen(keys, looks, layouts, {place: len(call.images) for place, call in shown.items()})
         config: Any = self.text_model.config
         if self.program.acts and not is_living(config):
             raise CallError(

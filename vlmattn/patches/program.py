@@ -198,10 +198,10 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
     branch = None if program.calibration is None else program.calibration.branch
     if branch is not None:
         alone = [*dict.fromkeys(program.evictors.values()), program.rehearser, program.segmenter]
-        for method in alone:
-            if method is not None:
+        for keeper in alone:
+            if keeper is not None:
                 raise SpecError(
-                    f"{method} keeps a state of every prompt that the second branch of {program.calibration} has not: "
+                    f"{keeper} keeps a state of every prompt that the second branch of {program.calibration} has not: "
                     "leave one of them out"
                 )
         program = dataclasses.replace(program, branch=_second(program, branch, dims), attends=branch.attention)
