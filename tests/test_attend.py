@@ -18,7 +18,7 @@ from vlmattn.kernels import naive, rows
 from vlmattn.kernels.rows import Request
 from vlmattn.methods.attend.var import VAR, sink_strength
 from vlmattn.methods.attend.vhr import VHR, divergence
-from vlmattn.methods.base import Editor, Selector
+from vlmattn.methods.base import Editor, Resizer, Selector
 from vlmattn.methods.cache import Evictor
 from vlmattn.methods.rehearsal import Rehearser
 from vlmattn.methods.segments import Segmenter
@@ -277,6 +277,7 @@ PARTS = {
     "hgai": "hgai(first_layer=2, last_layer=3)",
     "adhh": "adhh(heads=[(1, 0), (2, 3)], tau=0.01)",
     "paint": "paint(first_layer=0)",
+    "schedule": "schedule(keep=0.75)",
 }
 
 
@@ -288,10 +289,24 @@ def _reads(pruner: Selector, layer: int) -> bool:
     return layer + (not upcoming) in pruner.stages(tiny.LAYERS)
 
 
-EVERYWHERE = [name for name, info in spec.registry().items() if not info.cls.through]
+EVERYWHERE = [
+    name
+    for name, info in spec.registry().items()
+    if not info.cls.through and info.kind != "decode" and not issubclass(info.cls, Resizer)
+]
+"""Those of kind `decode` have pairs of their own in test_decode_contract.py."""
+
+
+def _edits(pair: tuple[str, ...]) -> bool:
+    """Whether there is more than pruners in it."""
+    return any(not issubclass(spec.registry()[name].cls, Selector) for name in pair)
+
+
 PAIRED = list({frozenset(pair): pair for pair in itertools.combinations(EVERYWHERE, 2)}.values())
 CASES = [
-    pytest.param(family, pair, marks=pytest.mark.slow if place else (), id="+".join((family, *pair)))
+    pytest.param(
+        family, pair, marks=pytest.mark.slow if place or not _edits(pair) else (), id="+".join((family, *pair))
+    )
     for place, family in enumerate(FAMILIES)
     for pair in PAIRED
 ]
