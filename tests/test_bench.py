@@ -58,7 +58,8 @@ def test_a_quick_run_writes_what_is_promised(tmp_path, monkeypatch):
     assert rows["var through rows"]["edited_layers"] == QUICK.layers - 3
     assert not any(row["n_n_masks"] for name, row in rows.items() if "vhr" not in name and name != "eager")
     chosen = {row["spec"]: row for row in record["selection"]}
-    assert [spec for spec in chosen if "refused" in chosen[spec]] == ["cdpruner(keep=0.3)", "recoverable"]
+    refused = {spec for spec in chosen if "refused" in chosen[spec]}
+    assert refused == {"cdpruner(keep=0.3)", "recoverable"}
     assert {"divprune(keep=0.3)", "cdpruner(keep=0.3, relevance=embeddings)", "vflowopt(keep=0.3)"} <= set(chosen)
     for row in chosen.values():
         assert "refused" in row or (len(row["raw_s"]) == record["repeats"] and row["share_of_prefill"] > 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmattn import spec as specs
 from vlmattn.errors import VlmattnError
-from vlmattn.methods.base import Pruner, Selector
+from vlmattn.methods.base import Selector
 from vlmattn.methods.cache import Evictor
 from vlmattn.methods.compressor import Compressor
 from vlmattn.session import wrap
@@ -44,7 +44,8 @@ def selectors() -> list[str]:
     for name, info in specs.registry().items():
         chooses = issubclass(info.cls, Selector | Evictor) and not issubclass(info.cls, Compressor)
         if chooses and not info.cls().is_noop:
-            found.append(f"{name}(keep={KEEP})" if issubclass(info.cls, Pruner | Evictor) else name)
+            takes = any(field["name"] == "keep" for field in info.fields)
+            found.append(f"{name}(keep={KEEP})" if takes else name)
     return [*found, *ALSO]
 
 
