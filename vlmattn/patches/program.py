@@ -341,7 +341,7 @@ def _check_capabilities(method: Selector | Resizer | Calibration, family: Family
     missing = sorted(method.requires - has)
     if not missing:
         return
-    kind = Selector if isinstance(method, Selector) else Calibration
+    kind = Calibration if isinstance(method, Calibration) else Selector
     fits = [
         name
         for name, cls in sorted(REGISTRY.items())
