@@ -130,6 +130,7 @@ def combined(method: Any, logits: Tensor, other: Tensor) -> Tensor:
     return new.where(logits.softmax(-1) >= method.beta * logits.softmax(-1).max(), -torch.inf)
 
 
+@pytest.mark.parametrize("family", sorted(tiny.CORE))
 @pytest.mark.parametrize("text", BRANCHES)
 def test_branches_equal_recomputation(family, model, batch, text):
     (method,) = spec.parse(text)
@@ -265,6 +266,7 @@ def test_strength_zero_and_undo_are_bit_identical(family, model, batch):
     assert spec.parse("dola")[0].disabled() is None
 
 
+@pytest.mark.parametrize("family", sorted(tiny.CORE))
 def test_renumbered_outliers_stand_without_a_gap(model, batch, monkeypatch):
     """LLaVA's default: k image tokens, then the text goes on; a second prompt of its own in every way."""
     if type(model).__name__ != "LlavaForConditionalGeneration":

@@ -95,6 +95,7 @@ def recomputed(model: Any, method: MemVR, prompt: oracle.Prompt, answer: list[in
     return model.lm_head(text.norm(hidden)), mixed
 
 
+@pytest.mark.parametrize("family", sorted(tiny.CORE))
 @pytest.mark.parametrize("text", [TEXT, ALWAYS])
 def test_generation_equals_recomputation(family, model, batch, text):
     (method,) = spec.parse(text)

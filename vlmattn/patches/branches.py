@@ -60,6 +60,7 @@ class Prompt:
         shown: what the vision tower was shown, by feature method, if the branch has other pixels.
         looked: gives and forgets what was looked at inside the tower, by feature method.
         blacken: see `Pixels.blacken`, of given pixels with a grid.
+        deepstack: argument of the text model with features that it adds in later layers; "" without.
         read: from a text to its token ids.
         embed: from token ids `(n,)` to rows `(n, C)`.
     """
@@ -69,6 +70,7 @@ class Prompt:
     shown: Mapping[int, Shown]
     looked: Callable[[], Mapping[int, Any]]
     blacken: Callable[..., Tensor]
+    deepstack: str
     read: Callable[[str], Sequence[int]]
     embed: Callable[[Tensor], Tensor]
 
@@ -92,7 +94,7 @@ def second(
     if branch.text_only:
         return _text_only(plan, arguments)
     if branch.pixels is not None:
-        arguments["inputs_embeds"] = _with_pixels(branch.pixels, prompt, plan, multimodal)
+        _with_pixels(branch.pixels, prompt, plan, arguments, multimodal)
     if branch.insert:
         return _with_insert(branch, prompt, plan, arguments)
     return plan, arguments
@@ -110,24 +112,47 @@ def _text_only(plan: Plan, arguments: dict[str, Any]) -> tuple[Plan, dict[str, A
     return alone, arguments
 
 
-def _with_pixels(change: Callable[[Pixels], Tensor], prompt: Prompt, plan: Plan, multimodal: nn.Module) -> Tensor:
-    """The input of the text model with the features of other pixels; `plan` gets what is seen of them in the tower.
+def _with_pixels(
+    change: Callable[[Pixels], Tensor], prompt: Prompt, plan: Plan, arguments: dict[str, Any], multimodal: nn.Module
+) -> None:
+    """Put the features of other pixels into `arguments`, and what is seen of them in the tower into `plan`.
 
     What identifies the content stays that of the prompt, so that draws by it are the same in both branches.
     """
     if not prompt.shown or prompt.plan.sources is None:
         raise CallError("the second branch changes the image's pixels: pass pixel_values, not precomputed features")
-    features = {}
+    sources = prompt.plan.sources
+    lengths = {
+        source: span.length
+        for row, spans in zip(sources, prompt.plan.spans, strict=True)
+        for source, span in zip(row, spans, strict=True)
+    }
+    features: dict[int, dict[Any, list[Tensor]]] = {}
     for place, shown in prompt.shown.items():
         name = next(name for name in PIXELS if shown.arguments.get(name) is not None)
         before = shown.arguments[name]
         changed = [change(_pixels(prompt, plan, place, n, image)) for n, image in enumerate(shown.images)]
         output = getattr(multimodal, shown.name)(**{**shown.arguments, name: _rebuilt(before, changed)})
-        features[place] = {"features": list(output.pooler_output)}
+        sizes = [lengths[place, number] for number in range(len(changed))]
+        added = getattr(output, "deepstack_features", None) or ()
+        features[place] = {"features": _by_image(output.pooler_output, sizes)}
+        features[place] |= {layer: _by_image(rows, sizes) for layer, rows in enumerate(added)}
     if looks := prompt.looked():
-        plan.vision.update(spread(prompt.plan.sources, looks))
-    found = spread(prompt.plan.sources, features)["features"]
-    return _with_features(prompt.arguments["inputs_embeds"], prompt.plan, found)
+        plan.vision.update(spread(sources, looks))
+    found = spread(sources, features)
+    visual = (prompt.plan.image >= 0).sum(1)
+    later = [found[layer] for layer in range(len(found) - 1)]
+    if later:  # DeepStack: the same rows in one run, sample by sample
+        arguments[prompt.deepstack] = [
+            torch.cat([rows[:n] for rows, n in zip(layer, visual.tolist(), strict=True)]) for layer in later
+        ]
+    arguments["inputs_embeds"] = _with_features(prompt.arguments["inputs_embeds"], prompt.plan, found["features"])
+
+
+def _by_image(rows: Tensor | Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Rows of all images, however they were put together, as one `(n_i, C)` an image."""
+    flat = torch.cat([part.flatten(0, -2) for part in rows])
+    return list(flat.split(list(sizes)))
 
 
 def _rebuilt(before: Tensor, images: Sequence[Tensor]) -> Tensor:

@@ -79,6 +79,7 @@ def prompt(engine: Engine, plan: Plan, arguments: Mapping[str, Any], shown: Mapp
         shown,
         looked=engine.looked,
         blacken=functools.partial(_blacken, engine),
+        deepstack=engine.family.deepstack,
         read=functools.partial(_read, engine),
         embed=embeddings,
     )

@@ -71,7 +71,11 @@ class BlindTokens(Selector):
         stays = pools.keep(blind(pools.split(weight), pools.present, self.lam)).mask
         if self.mask == "drop":
             return Keep(stays)
-        return Keep(torch.ones_like(stays), view.hidden * stays[..., None].to(view.hidden))
+
+        def zeroed(x: Tensor) -> Tensor:
+            return x * stays[..., None].to(x)
+
+        return Keep(torch.ones_like(stays), zeroed(view.hidden), zeroed)
 
 
 @register(

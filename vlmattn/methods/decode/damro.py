@@ -60,13 +60,11 @@ class Outliers(Selector):
         """The outliers, by falling score on the slots of theirs that come first, or where they stand."""
         assert view.hidden is not None
         pools = Pools.of(view)
-        best = outliers(pools.split(view.vision["row"]), pools.present, self.k)
-        kept = torch.zeros_like(pools.present).scatter(1, best, True)
+        score = pools.split(view.vision["row"]).float()
+        kept = torch.zeros_like(pools.present).scatter(1, outliers(score, pools.present, self.k), True)
         if self.order == "raster":
             return pools.keep(kept)
-        rows = pools.split(view.hidden)
-        index = best[..., None].expand(-1, -1, rows.shape[2])
-        return pools.keep(kept, rows.scatter(1, index.sort(1).values, rows.gather(1, index)))
+        return pools.keep(kept & pools.present, pools.split(view.hidden), place=-score)
 
     def left(self, visual: int, grid: tuple[int, int, int] | None = None, stage: int = 0) -> int:
         """k, or all if there are fewer."""
