@@ -46,7 +46,11 @@ def without_time(folder: Path) -> list[dict]:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        own = {key: entry for key, entry in value.items() if "ms" not in key.split("_") and key != "folder"}
+        own = {
+            key: entry
+            for key, entry in value.items()
+            if "ms" not in key.split("_") and key not in ("folder", "command")
+        }
         return {key: without_times(entry) for key, entry in own.items()}
     return [without_times(entry) for entry in value] if isinstance(value, list) else value
 

@@ -144,6 +144,14 @@ def test_all_tokens_equal_a_plain_second_turn(model, one):
     assert drawn.shape == (3, STEPS) and len(drawn.unique(dim=0)) > 1
 
 
+def test_the_plan_of_a_context_has_the_columns_of_the_prompt_alone():
+    """Of images with newline tokens, too."""
+    model, one = tiny.ANYRES["llava_next"](), tiny.single(tiny.tiled_prompts("llava_next"), 1)
+    with vlmattn.wrap(model, "context(keep=0.3, new_tokens=4)") as session:
+        plan = session.compress_inputs(one)._cache.plan
+    assert plan.newline.any() and plan.newline.shape == plan.real.shape == plan.visual.shape == plan.image.shape
+
+
 def test_entries_bytes_and_report(family, model, one):
     prompt, visual = one["input_ids"].shape[1], int((one["input_ids"] == tiny.IMAGE).sum())
     dims = cost.Dims.from_config(model.config.get_text_config())

@@ -273,6 +273,7 @@ class Plan:
             real=self.real[:, :end],
             visual=self.visual[:, :end],
             image=self.image[:, :end],
+            newline=self.newline[:, :end],
             text=None if self.text is None else self.text[:, :end],
             held=None,
             tags={layer: Tags(tags.tag[:, :end], tags.active, tags.acts) for layer, tags in self.tags.items()},

@@ -66,7 +66,8 @@ class Report:
         kv_bytes: keys and values held after the prefill over all samples, without padding; of both branches where a
             method contrasts two.
         kv_bytes_full: the same without methods.
-        prefill_macs, prefill_macs_full: multiply-accumulates of the decoder layers over all samples, likewise.
+        prefill_macs, prefill_macs_full: multiply-accumulates of the decoder layers over all samples, likewise; without
+            a text-only stream beside the prompt (`vhr`), and without a first answer (`ilvad`).
         stages: pruning stages in order of layer.
         caches: layers whose caches were cut after the prefill, in order.
         positions: per sample the prompt columns (padding counted) that the last layer held; logits of a bare forward

@@ -201,8 +201,8 @@ def compile_program(methods: Sequence[Method], config: Any, dims: Dims, family: 
         for keeper in alone:
             if keeper is not None:
                 raise SpecError(
-                    f"{keeper} keeps a state of every prompt that the second branch of {program.calibration} has not: "
-                    "leave one of them out"
+                    f"{keeper} changes what the caches of a prompt hold, or its positions, and the second branch of "
+                    f"{program.calibration} does not follow: leave one of them out"
                 )
         program = dataclasses.replace(program, branch=_second(program, branch, dims), attends=branch.attention)
     return program

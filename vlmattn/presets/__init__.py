@@ -81,7 +81,7 @@ def head_list(config: Any, method: str) -> tuple[tuple[int, int], ...]:
     """
     entry = _matching([entry for entry in _packaged_heads() if entry["method"] == method], config)
     if entry is None:
-        name = getattr(config, "_name_or_path", "") or "this model"
+        name = Path(getattr(config, "_name_or_path", "") or "this model").name
         raise SpecError(
             f"no heads of {name!r} are known for {method}, and those of one checkpoint mean nothing in another: give "
             f"them as {method}(heads=[(layer, head), ...])"
