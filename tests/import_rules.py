@@ -75,7 +75,7 @@ RULES = (
         (*WORDS, "chat", "plan", "cost", "report", "spec", "methods", "patches", "kernels", "context"),
         ("torch", "PIL"),
     ),
-    Rule("discover", (*WORDS, "presets", "methods", "patches", "scenes"), None),
+    Rule("discover", (*WORDS, "chat", "presets", "methods", "patches", "scenes"), None),
     Rule("oracle", (), ("torch", "transformers")),
     Rule(
         "proof",
@@ -96,7 +96,7 @@ RULES = (
     Rule("scenes", ("errors",), None),
     Rule("scenes.measure", ("", "errors", "scenes"), None),
     Rule("scenes.planted_measure", ("", "errors", "discover", "methods", "presets", "scenes"), None),
-    Rule("eval", (*PUBLIC, "presets", "viz"), None),
+    Rule("eval", (*PUBLIC, "chat", "presets", "viz"), None),
     Rule("viz", PUBLIC, None),
     Rule("tune", (*PUBLIC, "eval"), None),
     Rule("app", (*PUBLIC, "eval", "viz"), None),

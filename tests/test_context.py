@@ -335,7 +335,7 @@ class Words:
         return f"{len(said) if self.anew else ''}{''.join(said)}a:"
 
     def __call__(self, images: Any, text: Any, **options: Any) -> dict[str, torch.Tensor]:
-        assert text == ["u:Describe the image.;a:"] and images == [PICTURE]
+        assert text == ["u:Describe the image.;a:"] and images == [[PICTURE]]
         return dict(self.one)
 
 

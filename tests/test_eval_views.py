@@ -217,6 +217,21 @@ def test_the_page_has_a_table_against_random_tokens_where_rows_were_tested() -> 
     assert "random tokens at the same layer" in next(text for text in shown.lead if text.startswith("fastv"))
 
 
+def test_milliseconds_have_no_exponent() -> None:
+    assert [tabular.milliseconds(value) for value in (0.01234, 5.678, 999.4, 999.6, 2140.3)] == [
+        "0.0123", "5.68", "999", "1000", "2140"]  # fmt: skip
+
+
+def test_what_leaves_the_cache_alone_is_said() -> None:
+    _, rows, _ = sweep()
+    row = next(row for row in rows if row.label == "vhr")
+    assert "vhr: no token dropped; " in sentences.sentence(row, "none")
+    cut = dataclasses.replace(row, cost={**row.cost, "kv_bytes": 0.3 * row.cost["kv_bytes_full"]})
+    assert "vhr: no token dropped in the prefill, 30 % of the KV cache left after it; " in sentences.sentence(
+        cut, "none"
+    )
+
+
 def test_the_lead_of_a_sweep_names_what_was_found() -> None:
     _, rows, runs = sweep()
     lead = sentences.sweep_lead(sweep()[0], rows, runs[0])

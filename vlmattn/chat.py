@@ -38,13 +38,30 @@ def encode(model: Any, processor: Any, images: Sequence[Image], turns: Turns) ->
     Raises:
         DataError: the processor has no chat template.
     """
-    text = render(processor, turns)
+    return encode_batch(model, processor, [images], [turns])
+
+
+def encode_batch(
+    model: Any, processor: Any, images: Sequence[Sequence[Image]], conversations: Sequence[Turns]
+) -> dict[str, Tensor]:
+    """Model inputs of several conversations, each with its images or all with none, as `encode`; padded by the
+    processor.
+
+    Raises:
+        DataError: the processor has no chat template.
+    """
+    texts = [render(processor, turns) for turns in conversations]
     bos = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
-    options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-    inputs = processor(images=list(images), text=[text], return_tensors="pt", **options)
-    device = model.get_input_embeddings().weight.device
+    # a template that writes the first token itself must not get a second one from the tokenizer
+    options: dict[str, Any] = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
+    if any(images):
+        options["images"] = [list(pictures) for pictures in images]
+    if len(texts) > 1:
+        options["padding"] = True
+    inputs = processor(text=texts, return_tensors="pt", **options)
+    weight = model.get_input_embeddings().weight
     return {
-        name: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
+        name: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
         if isinstance(value, Tensor)
     }

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmattn import presets
+from vlmattn import chat, presets
 from vlmattn.errors import CallError, DataError, LayerError
 from vlmattn.methods.attend.var import sink_strength
 from vlmattn.patches import families
@@ -162,7 +162,8 @@ def discover(
     Raises:
         UnsupportedModelError: no family describes the model.
         LayerError: it has fewer than four decoder layers.
-        CallError: no prompts or images, no chat template, or the model is pruned.
+        CallError: no prompts or images, or the model is pruned.
+        DataError: the processor has no chat template.
     """
     family = families.find(model)
     text = model.config.get_text_config()
@@ -230,7 +231,12 @@ def _read(
 ) -> list[_Reading]:
     """`measure(hidden (1, N, C) fp32, visual (1, N))` at the input of layers 2 to L - 2, for every prompt."""
     layers = getattr(family.part(model, "text_model"), family.layers)
-    return [_run(family, model, _inputs(model, processor, prompt, image), layers, measure) for prompt, image in asked]
+    readings = []
+    for prompt, image in asked:
+        images = [] if image is None else [image]
+        inputs = chat.encode(model, processor, images, [chat.turn("user", prompt, len(images))])
+        readings.append(_run(family, model, inputs, layers, measure))
+    return readings
 
 
 @torch.inference_mode()
@@ -257,17 +263,6 @@ def _run(
         for handle in handles:
             handle.remove()
     return reading
-
-
-def _inputs(model: Any, processor: Any, prompt: str, image: Image | None) -> Any:
-    if not getattr(processor, "chat_template", None):
-        raise CallError("the processor has no chat template, so prompts cannot be put as the model expects them")
-    content: list[dict[str, str]] = [] if image is None else [{"type": "image"}]
-    message = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-    text = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    pictures = {} if image is None else {"images": [image]}
-    inputs = processor(text=[text], **pictures, return_tensors="pt")
-    return inputs.to(next(model.parameters()).device, model.dtype)
 
 
 def _anchor(hidden: Tensor, visual: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from vlmattn.errors import DataError, VlmattnError
+from vlmattn import chat
+from vlmattn.errors import VlmattnError
 from vlmattn.eval.models import Loaded, out_of_memory
 from vlmattn.eval.records import pack_tokens
 
@@ -228,27 +229,14 @@ def yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]] | None:
     return sorted(yes - no), sorted(no - yes)
 
 
-def encode(loaded: Loaded, images: Sequence[Image], prompts: Sequence[str]) -> Any:
+def encode(loaded: Loaded, images: Sequence[Image], prompts: Sequence[str]) -> dict[str, Tensor]:
     """Model inputs for one image and one prompt a row, on the model's device and in its dtype.
 
     Raises:
         DataError: the processor has no chat template.
     """
-    processor = loaded.processor
-    texts = []
-    for prompt in prompts:
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        try:
-            texts.append(processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False))
-        except ValueError as error:
-            raise DataError(
-                f"{loaded.name} has no chat template ({error}); use the chat version of the checkpoint"
-            ) from None
-    bos = processor.tokenizer.bos_token
-    # A template that writes the first token itself must not get a second one from the tokenizer.
-    options = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
-    inputs = processor(images=[[image] for image in images], text=texts, padding=True, return_tensors="pt", **options)
-    return inputs.to(loaded.device, dtype=getattr(torch, loaded.dtype))
+    turns = [[chat.turn("user", prompt, 1)] for prompt in prompts]
+    return chat.encode_batch(loaded.model, loaded.processor, [[image] for image in images], turns)
 
 
 def _costs(report: Report, count: int) -> list[dict[str, Any]]:

@@ -129,9 +129,9 @@ def cost_cells(cost: Mapping[str, Any], memory: bool = False) -> list[page.Cell]
         page.Cell(f"{tokens:.4g}", [f"of {cost['visual_tokens']:.4g}"], tokens),
         _cell(100 * cost["prefill_macs_ratio"], ".0f"),
         page.Cell(tabular.bytes_text(cost["kv_bytes"]), [kept], cost["kv_bytes"]),
-        _cell(cost["prefill_ms_per_question"], ".3g"),
-        _none() if step is None else _cell(step / cost["batch_size"], ".3g"),
-        _cell(cost["ms_per_question"], ".3g"),
+        _milliseconds(cost["prefill_ms_per_question"]),
+        _none() if step is None else _milliseconds(step / cost["batch_size"]),
+        _milliseconds(cost["ms_per_question"]),
     ]
     if memory:
         cells.append(page.Cell(tabular.bytes_text(peak), value=peak) if peak else _none())
@@ -230,6 +230,10 @@ def _stacked(text: str) -> page.Cell:
 
 def _none() -> page.Cell:
     return page.Cell(page.DASH)
+
+
+def _milliseconds(value: float) -> page.Cell:
+    return page.Cell(tabular.milliseconds(value), value=value)
 
 
 def _cell(value: float, form: str) -> page.Cell:

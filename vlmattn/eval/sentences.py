@@ -67,9 +67,12 @@ def sentence(row: summary.Row, base: str) -> str:
     if row.cost.get("questions"):
         kept, whole = row.cost["average_visual_tokens"], row.cost["visual_tokens"]
         share = f"{100 * row.cost['prefill_macs_ratio']:.0f} % of the prefill MACs"
-        parts.append(
-            f"{kept:.3g} of {whole:.3g} visual tokens a layer, {share}" if kept < whole else "no token dropped"
-        )
+        held = row.cost["kv_bytes"] / row.cost["kv_bytes_full"]
+        if kept < whole:
+            parts.append(f"{kept:.3g} of {whole:.3g} visual tokens a layer, {share}")
+        else:
+            after = f" in the prefill, {100 * held:.0f} % of the KV cache left after it" if held < 1 else ""
+            parts.append(f"no token dropped{after}")
     tested = _tested(row, row.versus)
     found = sorted((pair for pair in tested if pair.significant()), key=lambda pair: -abs(pair.difference))
     for words, tone in ((f"worse than {base}", "bad"), (f"better than {base}", "good"), ("different", "")):

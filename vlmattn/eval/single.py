@@ -89,8 +89,8 @@ def table(told: Sequence[Told]) -> Table:
                 f"{report.average_visual_tokens:.4g} (of {sum(report.visual_tokens)})",
                 f"{tabular.bytes_text(report.kv_bytes)} ({100 * report.kv_bytes / report.kv_bytes_full:.0f} %)",
                 f"{100 * report.prefill_macs / report.prefill_macs_full:.0f} %",
-                f"{times['prefill_ms']:.3g} ms",
-                "-" if step is None else f"{step:.3g} ms",
+                f"{tabular.milliseconds(times['prefill_ms'])} ms",
+                "-" if step is None else f"{tabular.milliseconds(step)} ms",
             ]
         )
     head = ["method", "answer", "visual tokens", "KV cache", "prefill MACs", "prefill", "per token"]

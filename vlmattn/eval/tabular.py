@@ -313,7 +313,7 @@ def macs_text(cost: Mapping[str, Any]) -> str:
 
 def total_text(cost: Mapping[str, Any]) -> str:
     """ "4.31 ms": measured cost of a question, prefill and decoding."""
-    return f"{cost['ms_per_question']:.3g} ms" if cost.get("questions") else "-"
+    return f"{milliseconds(cost['ms_per_question'])} ms" if cost.get("questions") else "-"
 
 
 def cost_texts(cost: Mapping[str, Any]) -> list[str]:
@@ -324,8 +324,8 @@ def cost_texts(cost: Mapping[str, Any]) -> list[str]:
     step = cost["ms_per_token"]
     return [
         f"{bytes_text(cost['kv_bytes'])} ({share:.0f} %)",
-        f"{cost['prefill_ms_per_question']:.3g} ms",
-        "-" if step is None else f"{step / cost['batch_size']:.3g} ms",
+        f"{milliseconds(cost['prefill_ms_per_question'])} ms",
+        "-" if step is None else f"{milliseconds(step / cost['batch_size'])} ms",
     ]
 
 
@@ -345,7 +345,12 @@ def selection_text(cost: Mapping[str, Any]) -> str:
     """ "1.2 ms (0.8 %)": what choosing takes a batch, and of the baseline's prefill; "-" where nothing is chosen."""
     if not cost.get("selection_ms"):
         return "-"
-    return f"{cost['selection_ms']:.3g} ms ({100 * cost['selection_share']:.1f} %)"
+    return f"{milliseconds(cost['selection_ms'])} ms ({100 * cost['selection_share']:.1f} %)"
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, or all of a number of four and more, without an exponent."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def bytes_text(count: float) -> str:

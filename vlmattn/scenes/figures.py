@@ -18,6 +18,7 @@ from .card import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _DPI = 90
@@ -43,20 +44,21 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def curve(entries: list[dict[str, Any]], abandoned: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Loss and measures by step of each stage with more than one line; seeds that were given up are dashed."""
+    """Loss and measures by step of each stage with more than one line, of a kind of prompt the measures alone; seeds
+    that were given up are dashed."""
     every = by_stage(entries)
     stages = {stage: lines for stage, lines in every.items() if len(lines) > 1} or every
     figure = _figure(4.6 * len(stages), 6.4)
     axes = figure.subplots(2, len(stages), squeeze=False)
+    trained = {entry["stage"] for entry in entries}
     for column, (stage, lines) in enumerate(stages.items()):
         losses, shares = axes[0][column], axes[1][column]
-        losses.plot([e["step"] for e in lines], [e["loss"] for e in lines], "k.-")
-        for seed, others in abandoned.items():
-            same = by_stage(others).get(stage, [])
-            if same:
-                losses.plot([e["step"] for e in same], [e["loss"] for e in same], "--", label=f"seed {seed}, given up")
-                losses.legend(fontsize=7)
-        losses.set(title=stage, ylabel="loss" if column == 0 else "", yscale="log")
+        if stage in trained:
+            _losses(losses, lines, {seed: by_stage(others).get(stage, []) for seed, others in abandoned.items()})
+        else:
+            losses.axis("off")
+        (losses if stage in trained else shares).set_title(stage)
+        losses.set_ylabel("loss" if column == 0 else "")
         names = [name for name in lines[-1] if name not in NOT_MEASURES]
         for number, name in enumerate(names):
             known = [(e["step"], e[name]) for e in lines if name in e]
@@ -65,6 +67,16 @@ def curve(entries: list[dict[str, Any]], abandoned: dict[str, list[dict[str, Any
         shares.set(xlabel="step", ylabel="accuracy" if column == 0 else "", ylim=(-0.02, 1.02))
         shares.legend(fontsize=6, ncols=2)
     return figure
+
+
+def _losses(axes: Axes, lines: list[dict[str, Any]], abandoned: dict[str, list[dict[str, Any]]]) -> None:
+    """The loss of one stage by step."""
+    axes.plot([e["step"] for e in lines], [e["loss"] for e in lines], "k.-")
+    for seed, same in abandoned.items():
+        if same:
+            axes.plot([e["step"] for e in same], [e["loss"] for e in same], "--", label=f"seed {seed}, given up")
+            axes.legend(fontsize=7)
+    axes.set(yscale="log")
 
 
 def attention(layers: list[dict[str, Any]]) -> Figure:
